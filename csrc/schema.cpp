@@ -1,0 +1,26 @@
+// Every operator's signature, in one place. Functional except where a name ends in an underscore.
+#include <Python.h>
+
+#include "cpu/common.h"
+
+STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
+  m.def("isa() -> str");
+
+  // method: 0 direct, 1 gram, 2 rank1, 3 gram that falls back to direct where it cancels
+  m.def("linear_sqnorms(Tensor a, Tensor g, bool bias, int method) -> Tensor");
+
+  m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
+
+  m.def("rademacher_project(Tensor g, int k, int seed) -> Tensor");
+  m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");
+
+  m.def("linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
+  m.def(
+      "linear_nll_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, "
+      "int ignore_index, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
+}
+
+// The module itself is empty: importing it runs the registrations above.
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }

@@ -1,0 +1,44 @@
+// Schedules: the tiles of a product and the memory of those who work on them. Tiles are cut by the shape
+// alone, never by the number of threads, and no reduction is split: the same bits at every thread count.
+namespace UK_ISA {
+
+// Tiles of a rows x cols result, sized so that a worker's accumulator tile and panels stay under 0.5 MB.
+struct TileGrid {
+  int64_t rows, cols, tile_rows, tile_cols;
+
+  template <class T>
+  static TileGrid of(int64_t rows, int64_t cols) {
+    return {rows, cols, even(rows, 2 * Block<T>::kRowBlock, Block<T>::kRows), even(cols, 192, Block<T>::kCols)};
+  }
+  int64_t across() const { return (cols + tile_cols - 1) / tile_cols; }
+  int64_t count() const { return (rows + tile_rows - 1) / tile_rows * across(); }
+  Range row_range(int64_t tile) const { return clip(tile / across() * tile_rows, tile_rows, rows); }
+  Range col_range(int64_t tile) const { return clip(tile % across() * tile_cols, tile_cols, cols); }
+
+ private:
+  // Equal shares of at most `most`, in whole strips.
+  static int64_t even(int64_t n, int64_t most, int64_t strip) {
+    if (n == 0) return strip;
+    const int64_t parts = (n + most - 1) / most;
+    return round_up((n + parts - 1) / parts, strip);
+  }
+  static Range clip(int64_t begin, int64_t size, int64_t end) {
+    return {begin, end - begin < size ? end - begin : size};
+  }
+};
+
+// One accumulator tile and one pair of panels a worker.
+template <class T>
+struct TileScratch {
+  int64_t per_worker;
+  uk::Scratch<T> memory;
+
+  TileScratch(const TileGrid& grid, int workers)
+      : per_worker(grid.tile_rows * grid.tile_cols + Panels<T>::size(grid.tile_cols)), memory(per_worker * workers) {}
+  T* tile(int worker) const { return memory.get() + worker * per_worker; }
+  Panels<T> panels(int worker, const TileGrid& grid) const {
+    return Panels<T>(tile(worker) + grid.tile_rows * grid.tile_cols);
+  }
+};
+
+}  // namespace UK_ISA

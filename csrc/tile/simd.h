@@ -1,0 +1,135 @@
+// Vectors of the ISA that the including translation unit is compiled for.
+// The including kernels_*.cpp sets UK_BITS (128, 256, 512), UK_ISA (the namespace) and UK_X86: whether
+// intrinsics of that width may be used (g++ does not define __FMA__ and the like after a target pragma).
+// GCC vector extensions carry the arithmetic, so one source serves every width; only the fused
+// multiply-add and the half-precision conversions need intrinsics.
+#include <cstdint>
+#include <cstring>
+
+namespace UK_ISA {
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+inline constexpr int kLanes = UK_BITS / 8 / sizeof(T);
+template <class T>
+using Vec = typename VectorOf<T, kLanes<T>>::type;
+using Quad = VectorOf<float, 4>::type;
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T, kLanes<T>>::unaligned*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T, kLanes<T>>::unaligned*>(p) = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};  // folds to a broadcast; 0 + x would not (it changes -0)
+}
+
+// a * b + c with one rounding where the ISA has it.
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if UK_X86 && UK_BITS == 512
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif UK_X86 && UK_BITS == 256
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#endif
+  return a * b + c;
+}
+
+// Lanes are added in a fixed pairwise order.
+template <class T>
+inline T sum_lanes(Vec<T> v) {
+  T lane[kLanes<T>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(f16 x) {
+#if UK_X86 && UK_BITS >= 256
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  uint32_t bits;
+  float out;
+  if (magnitude >= 0x7c00u) {
+    bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  } else {
+    // Shift into place, then rescale: exact for normals and subnormals alike.
+    bits = magnitude << 13;
+    std::memcpy(&out, &bits, 4);
+    out *= 0x1p112f;
+    std::memcpy(&bits, &out, 4);
+    bits |= sign;
+  }
+  std::memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+// A vector of the accumulation type from memory of any input type.
+inline Vec<float> load_wide(const float* p) { return load(p); }
+inline Vec<double> load_wide(const double* p) { return load(p); }
+inline Vec<float> load_wide(const bf16* p) {
+  typedef typename VectorOf<uint16_t, kLanes<float>>::unaligned Half;
+  typedef typename VectorOf<uint32_t, kLanes<float>>::type Word;
+  const Word words = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
+  return (Vec<float>)words;
+}
+inline Vec<float> load_wide(const f16* p) {
+#if UK_X86 && UK_BITS == 512
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif UK_X86 && UK_BITS == 256
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> out;
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = widen(p[i]);
+  return out;
+#endif
+}
+
+inline Quad load_quad(const float* p) {
+  return *reinterpret_cast<const VectorOf<float, 4>::unaligned*>(p);
+}
+template <class S>
+inline Quad load_quad(const S* p) {
+  return Quad{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+inline Quad load_quad(const bf16* p) {
+  typedef VectorOf<uint16_t, 4>::unaligned Half;
+  typedef VectorOf<uint32_t, 4>::type Word;
+  return (Quad)(__builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16);
+}
+
+// The type that inputs of type S are accumulated in.
+template <class S>
+using Wide = decltype(widen(S{}));
+
+}  // namespace UK_ISA

@@ -1,0 +1,82 @@
+"""What the families share when they register operators: reasons, entry points, fakes."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+import torch
+
+from unlearn_kernels import _loader
+from unlearn_kernels._backends import FLOATS, Impl, Operator, register
+
+NAMESPACE: Final = "unlearn_kernels"
+
+
+@cache
+def _no_extension() -> str | None:
+    return None if _loader.have_C else f"the C++ extension is missing ({_loader.load_errors['_C']})"
+
+
+@cache
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device"
+    return None
+
+
+def raw(name: str) -> Callable[..., Any]:
+    """`torch.ops.unlearn_kernels.<name>`, or a function that says how to build it."""
+    if _loader.have_C:
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def missing(*_: Any) -> Any:
+        raise ImportError(_no_extension())
+
+    return missing
+
+
+def register_operator(
+    name: str,
+    family: str,
+    formula: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    triton: Callable[..., Any] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    differentiable: bool = False,
+    op: str | None = None,
+) -> Operator:
+    """Registers one operator under all of its backends.
+
+    Args:
+        name: the operator's name in the registry.
+        family: the module that it belongs to.
+        formula: one line of text for the operator table.
+        reference: plain PyTorch, with the arguments of the raw operator.
+        fake: the shapes and dtypes of its result (None for an operator that returns nothing).
+        triton: its launcher; bound as the CUDA kernel of the raw operator. Imports Triton when called.
+        dtypes: the floating-point types that the kernels take.
+        differentiable: whether the public function has a backward.
+        op: the raw operator, if its name differs.
+    """
+    op = op or name
+    impls = {
+        "cpp": Impl("cpp", raw(op), ("cpu",), dtypes, _no_extension),
+        "reference": Impl("reference", reference, ("cpu", "cuda")),
+    }
+    if triton is not None:
+        impls["triton"] = Impl("triton", raw(op), ("cuda",), dtypes, lambda: _no_extension() or _no_triton())
+    if _loader.have_C:
+        register_raw(op, fake, triton)
+    return register(Operator(name, family, formula, impls, differentiable))
+
+
+def register_raw(op: str, fake: Callable[..., Any] | None, cuda: Callable[..., Any] | None) -> None:
+    """Gives a raw operator its fake and its CUDA kernel. The dispatcher keeps one kernel a key: bound here only."""
+    torch.library.register_fake(f"{NAMESPACE}::{op}", fake or (lambda *args: None))
+    if cuda is not None:
+        torch.library.impl(f"{NAMESPACE}::{op}", "CUDA")(cuda)

@@ -1,0 +1,50 @@
+"""Runs every operator on every backend that this machine has, on tiny inputs, against the float64 reference."""
+
+import torch
+
+from unlearn_kernels._backends import REGISTRY, Impl, Operator
+from unlearn_kernels._samples import SAMPLES, results
+from unlearn_kernels.testing import assert_as_exact_as
+
+PASSED = "passed"
+
+
+def run() -> dict[str, dict[str, str]]:
+    """The outcome of each implementation that can run here: `passed`, or what went wrong."""
+    return {
+        name: {b: _outcome(operator, i) for b, i in operator.impls.items() if b != "reference" and _runs(i)}
+        for name, operator in REGISTRY.items()
+    }
+
+
+def _runs(impl: Impl) -> bool:
+    return impl.reason_unavailable() is None
+
+
+def _outcome(operator: Operator, impl: Impl) -> str:
+    try:
+        _check(operator, impl)
+    except Exception as error:  # a broken operator is a line of the report, not the end of it
+        return f"{type(error).__name__}: {error}"
+    return PASSED
+
+
+def _check(operator: Operator, impl: Impl) -> None:
+    make, reference = SAMPLES[operator.name], operator.impls["reference"].call
+    device = impl.devices[0]
+    with torch.no_grad():
+        actual = results(impl.call, make(torch.float32, device))
+        eager = results(reference, make(torch.float32, device))
+        exact = results(reference, make(torch.float32, device))
+        exact = results(reference, _doubled(make(torch.float32, device)))
+    for index, tensors in enumerate(zip(actual, exact, eager, strict=True)):
+        assert_as_exact_as(f"result {index}", *tensors)
+
+
+def _doubled(value: object) -> object:
+    """The arguments with every floating-point tensor in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, list | tuple):
+        return type(value)(_doubled(item) for item in value)
+    return value

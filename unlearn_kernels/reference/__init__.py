@@ -1,0 +1,1 @@
+"""The specification: every operator in plain PyTorch, exact in float64."""

@@ -1,0 +1,54 @@
+"""Inputs and comparisons shared by the tests and the benchmarks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
+    """Standard normal numbers, rounded to `dtype`; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """`|actual - exact| / |exact|` in float64, in the Frobenius norm; 0 where both are zero or empty."""
+    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
+    difference, scale = (actual - exact).norm().item(), exact.norm().item()
+    return difference / scale if scale > 0 else difference
+
+
+def assert_as_exact_as(
+    name: str, actual: Tensor, exact: Tensor, eager: Tensor, *, factor: float = 2.0, floor: float | None = None
+) -> None:
+    """Asserts that `actual` is as near to `exact` (float64, same rounded inputs) as eager PyTorch is.
+
+    Args:
+        name: what the tensor is, for the message.
+        actual: the kernel's result.
+        exact: the reference's, in float64.
+        eager: the same formula in PyTorch in the dtype of the result.
+        factor: how many times eager's error is accepted.
+        floor: the error that is accepted whatever eager's; by default 4 units in the last place of `actual`.
+    """
+    floor = 4 * torch.finfo(actual.dtype).eps if floor is None else floor
+    error, allowed = relative_error(actual, exact), max(factor * relative_error(eager, exact), floor)
+    if not error <= allowed:
+        raise AssertionError(f"{name}: relative error {error:.3e}, allowed {allowed:.3e}")
+
+
+def at_threads(counts: tuple[int, ...], function: Callable[[], Any]) -> list[Any]:
+    """`function()` at each number of threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(function())
+        return results
+    finally:
+        torch.set_num_threads(before)
