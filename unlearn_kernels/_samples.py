@@ -41,7 +41,9 @@ def _topk(dtype: torch.dtype, device: str) -> Arguments:
 
 def _head(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = randn(6, 8, dtype=dtype, device=device)
-    weight, bias = (randn(11, *rest, dtype=dtype, seed=seed, device=device) for seed, rest in ((1, (8,)), (2, ())))
+    weight, bias = (
+        randn(11, *rest, dtype=dtype, seed=seed, device=device) for seed, rest in ((1, (8,)), (2, ()))
+    )
     labels = torch.tensor([0, 10, 3, -100, 5, 5], device=device)
     return h, weight, bias, labels
 

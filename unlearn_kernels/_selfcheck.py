@@ -1,4 +1,6 @@
-"""Runs every operator on every backend that this machine has, on tiny inputs, against the float64 reference."""
+"""Runs every operator on every backend that works here, on tiny inputs, against the float64 reference."""
+
+from typing import Any
 
 import torch
 
@@ -35,13 +37,13 @@ def _check(operator: Operator, impl: Impl) -> None:
     with torch.no_grad():
         actual = results(impl.call, make(torch.float32, device))
         eager = results(reference, make(torch.float32, device))
-        exact = results(reference, make(torch.float32, device))
         exact = results(reference, _doubled(make(torch.float32, device)))
-    for index, tensors in enumerate(zip(actual, exact, eager, strict=True)):
-        assert_as_exact_as(f"result {index}", *tensors)
+    for index, (ours, wanted, plain) in enumerate(zip(actual, exact, eager, strict=True)):
+        floor = None if ours.is_floating_point() else 0.0
+        assert_as_exact_as(f"result {index}", ours, wanted, plain, floor=floor)
 
 
-def _doubled(value: object) -> object:
+def _doubled(value: Any) -> Any:
     """The arguments with every floating-point tensor in float64."""
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value

@@ -6,21 +6,47 @@
 // no edges. Each element of C is summed in the order of k whatever the tile or thread: the same bits.
 namespace UK_ISA {
 
-template <class T>
+template <class P>
 struct Block {
   static constexpr int kVectors = 2;
   static constexpr int kRows = UK_BITS == 512 ? 14 : 6;
-  static constexpr int kCols = kVectors * kLanes<T>;
+  static constexpr int kCols = kVectors * kLanes<Sum<P>>;
   static constexpr int kDepth = UK_BITS == 512 ? 192 : 256;
   static constexpr int kRowBlock = UK_BITS == 512 ? 112 : 96;
 };
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+#if UK_X86 && UK_BITS == 512
+#pragma GCC push_options
+#pragma GCC target("avx512bf16")
+#endif
+
+inline Vec<float> multiply_add(float a, Vec<float> b, Vec<float> c) { return fma<float>(splat(a), b, c); }
+inline Vec<double> multiply_add(double a, Vec<double> b, Vec<double> c) { return fma<double>(splat(a), b, c); }
+
+// c + a.first * b.first + a.second * b.second; the instruction flushes subnormals.
+inline Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> c) {
+#if UK_X86 && UK_BITS == 512
+  uint32_t bits;
+  std::memcpy(&bits, &a, 4);
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(bits)), (__m512bh)b);
+#else
+  typedef typename VectorOf<uint32_t, kLanes<float>>::type Word;
+  const Vec<float> low = (Vec<float>)((Word)b << 16), high = (Vec<float>)((Word)b & 0xffff0000u);
+  return fma<float>(splat(widen(a.first)), low, fma<float>(splat(widen(a.second)), high, c));
+#endif
+}
+
+inline Vec<float> load_panel(const Bf16Pair* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Vec<float> load_panel(const float* p) { return load(p); }
+inline Vec<double> load_panel(const double* p) { return load(p); }
+
 // c (+)= a^T b over `depth` packed steps; one register tile.
-template <class T>
-inline void micro_kernel(int64_t depth, const T* a, const T* b, T* c, int64_t ldc, bool accumulate) {
-  constexpr int R = Block<T>::kRows, N = Block<T>::kVectors, W = kLanes<T>;
+template <class P>
+[[gnu::noinline]] void micro_kernel(int64_t depth, const P* a, const P* b, Sum<P>* c, int64_t ldc, bool accumulate) {
+  using T = Sum<P>;
+  constexpr int R = Block<P>::kRows, N = Block<P>::kVectors, W = kLanes<T>;
   Vec<T> acc[R][N];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -29,13 +55,11 @@ inline void micro_kernel(int64_t depth, const T* a, const T* b, T* c, int64_t ld
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bk[N];
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) bk[j] = load(b + j * W);
+    for (int j = 0; j < N; ++j) bk[j] = load_panel(b + j * W);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const Vec<T> ai = splat(a[i]);
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < N; ++j) acc[i][j] = fma<T>(ai, bk[j], acc[i][j]);
-    }
+      for (int j = 0; j < N; ++j) acc[i][j] = multiply_add(a[i], bk[j], acc[i][j]);
     a += R;
     b += N * W;
   }
@@ -44,5 +68,9 @@ inline void micro_kernel(int64_t depth, const T* a, const T* b, T* c, int64_t ld
 #pragma GCC unroll 2
     for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
 }
+
+#if UK_X86 && UK_BITS == 512
+#pragma GCC pop_options
+#endif
 
 }  // namespace UK_ISA

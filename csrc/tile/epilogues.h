@@ -7,8 +7,9 @@ struct Accumulate {
   T* c;
   int64_t ldc;
 
-  void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
-    micro_kernel<T>(depth, a, b, c + i * ldc + j, ldc, !first);
+  template <class P>
+  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
+    micro_kernel<P>(depth, a, b, c + i * ldc + j, ldc, !first);
   }
 };
 
@@ -36,9 +37,10 @@ struct SquareSum {
   int64_t ldc, rows, cols;
   double sum = 0;
 
-  void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
+  template <class P>
+  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
     const T* at = c + i * ldc + j;
-    micro_kernel<T>(depth, a, b, c + i * ldc + j, ldc, !first);
+    micro_kernel<P>(depth, a, b, c + i * ldc + j, ldc, !first);
     if (!last) return;
     sum += sum_inside<T>(
         rows - i, cols - j,
@@ -54,10 +56,11 @@ struct HadamardSum {
   int64_t ldw, rows, cols;
   double sum = 0;
 
-  void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, bool, bool) {
+  template <class P>
+  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool, bool) {
     constexpr int N = Block<T>::kCols;
     alignas(64) T local[Block<T>::kRows * N];
-    micro_kernel<T>(depth, a, b, local, N, false);
+    micro_kernel<P>(depth, a, b, local, N, false);
     const T* w = weights + i * ldw + j;
     sum += sum_inside<T>(
         rows - i, cols - j,
@@ -73,7 +76,8 @@ struct UpperTriangle {
   Inner inner;
   int64_t offset;
 
-  void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
+  template <class P>
+  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
     if (j + Block<T>::kCols - 1 + offset >= i) inner.tile(a, b, depth, i, j, first, last);
   }
 };

@@ -1,18 +1,18 @@
 // One tile of a product: packs panels from two sources and hands every register tile to an epilogue.
-// An epilogue is any type with
-//   void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, bool first, bool last)
+// P is what panels hold: float, double, or Bf16Pair (two steps in one). An epilogue is any type with
+//   template <class P> void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last)
 // called for each register tile at (i, j) of the tile, once per block of the reduction.
 namespace UK_ISA {
 
 // Panels of one worker: kRowBlock x kDepth of A, kDepth x cols of B.
-template <class T>
+template <class P>
 struct Panels {
-  T* a;
-  T* b;
+  P* a;
+  P* b;
 
-  static constexpr int64_t kA = Block<T>::kRowBlock * Block<T>::kDepth;
-  static int64_t size(int64_t cols) { return kA + round_up(cols, Block<T>::kCols) * Block<T>::kDepth; }
-  explicit Panels(T* memory) : a(memory), b(memory + kA) {}
+  static constexpr int64_t kA = Block<P>::kRowBlock * Block<P>::kDepth;
+  static int64_t size(int64_t cols) { return kA + round_up(cols, Block<P>::kCols) * Block<P>::kDepth; }
+  explicit Panels(P* memory) : a(memory), b(memory + kA) {}
 };
 
 struct Range {
@@ -20,23 +20,25 @@ struct Range {
   int64_t size;
 };
 
-template <class T, class SourceA, class SourceB, class Epilogue>
-void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t depth, const Panels<T>& panels,
+template <class P, class SourceA, class SourceB, class Epilogue>
+void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t depth, const Panels<P>& panels,
              Epilogue&& epilogue) {
-  using B = Block<T>;
+  using B = Block<P>;
+  constexpr int64_t kBlock = B::kDepth * PanelTraits<P>::kSteps;
   int64_t k = 0;
   do {  // once even for an empty reduction: its result is zeros
-    const int64_t steps = depth - k < B::kDepth ? depth - k : B::kDepth;
-    const bool first = k == 0, last = k + steps == depth;
-    b.template pack<T, B::kCols>(panels.b, cols.begin, cols.size, k, steps);
+    const int64_t size = depth - k < kBlock ? depth - k : kBlock;
+    const int64_t steps = (size + PanelTraits<P>::kSteps - 1) / PanelTraits<P>::kSteps;
+    const bool first = k == 0, last = k + size == depth;
+    b.template pack<P, B::kCols>(panels.b, cols.begin, cols.size, k, size);
     for (int64_t block = 0; block < rows.size; block += B::kRowBlock) {
       const int64_t height = rows.size - block < B::kRowBlock ? rows.size - block : B::kRowBlock;
-      a.template pack<T, B::kRows>(panels.a, rows.begin + block, height, k, steps);
+      a.template pack<P, B::kRows>(panels.a, rows.begin + block, height, k, size);
       for (int64_t j = 0; j < cols.size; j += B::kCols)
         for (int64_t i = 0; i < height; i += B::kRows)
           epilogue.tile(panels.a + i * steps, panels.b + j * steps, steps, block + i, j, first, last);
     }
-    k += steps;
+    k += size;
   } while (k < depth);
 }
 

@@ -2,13 +2,14 @@
 // alone, never by the number of threads, and no reduction is split: the same bits at every thread count.
 namespace UK_ISA {
 
-// Tiles of a rows x cols result, sized so that a worker's accumulator tile and panels stay under 0.5 MB.
+// Tiles of a rows x cols result, by default sized so that a worker's accumulator tile and panels
+// stay under 0.5 MB.
 struct TileGrid {
   int64_t rows, cols, tile_rows, tile_cols;
 
-  template <class T>
-  static TileGrid of(int64_t rows, int64_t cols) {
-    return {rows, cols, even(rows, 2 * Block<T>::kRowBlock, Block<T>::kRows), even(cols, 192, Block<T>::kCols)};
+  template <class P>
+  static TileGrid of(int64_t rows, int64_t cols, int64_t most_rows = 2 * Block<P>::kRowBlock, int64_t most_cols = 192) {
+    return {rows, cols, even(rows, most_rows, Block<P>::kRows), even(cols, most_cols, Block<P>::kCols)};
   }
   int64_t across() const { return (cols + tile_cols - 1) / tile_cols; }
   int64_t count() const { return (rows + tile_rows - 1) / tile_rows * across(); }
@@ -28,16 +29,20 @@ struct TileGrid {
 };
 
 // One accumulator tile and one pair of panels a worker.
-template <class T>
+template <class P>
 struct TileScratch {
+  static_assert(sizeof(P) == sizeof(Sum<P>));
+  TileGrid grid;
   int64_t per_worker;
-  uk::Scratch<T> memory;
+  uk::Scratch<Sum<P>> memory;
 
   TileScratch(const TileGrid& grid, int workers)
-      : per_worker(grid.tile_rows * grid.tile_cols + Panels<T>::size(grid.tile_cols)), memory(per_worker * workers) {}
-  T* tile(int worker) const { return memory.get() + worker * per_worker; }
-  Panels<T> panels(int worker, const TileGrid& grid) const {
-    return Panels<T>(tile(worker) + grid.tile_rows * grid.tile_cols);
+      : grid(grid),
+        per_worker(grid.tile_rows * grid.tile_cols + Panels<P>::size(grid.tile_cols)),
+        memory(per_worker * workers) {}
+  Sum<P>* tile(int worker) const { return memory.get() + worker * per_worker; }
+  Panels<P> panels(int worker) const {
+    return Panels<P>(reinterpret_cast<P*>(tile(worker) + grid.tile_rows * grid.tile_cols));
   }
 };
 

@@ -63,6 +63,11 @@ struct f16 {
   uint16_t bits;
 };
 
+// Two neighbouring steps of the reduction, what a bf16 dot instruction takes.
+struct Bf16Pair {
+  bf16 first, second;
+};
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(bf16 x) {
@@ -115,6 +120,17 @@ inline Vec<float> load_wide(const f16* p) {
 #endif
 }
 
+// Pairs are moved as 32-bit words.
+inline float widen(Bf16Pair x) {
+  float out;
+  std::memcpy(&out, &x, 4);
+  return out;
+}
+inline Quad load_quad(const Bf16Pair* p) {
+  Quad out;
+  std::memcpy(&out, p, 16);
+  return out;
+}
 inline Quad load_quad(const float* p) {
   return *reinterpret_cast<const VectorOf<float, 4>::unaligned*>(p);
 }
@@ -131,5 +147,28 @@ inline Quad load_quad(const bf16* p) {
 // The type that inputs of type S are accumulated in.
 template <class S>
 using Wide = decltype(widen(S{}));
+
+// The same for what panels hold: float, double, or pairs for the bf16 dot instruction.
+template <class P>
+struct PanelTraits {
+  using Sum = P;
+  static constexpr int kSteps = 1;
+};
+template <>
+struct PanelTraits<Bf16Pair> {
+  using Sum = float;
+  static constexpr int kSteps = 2;
+};
+template <class P>
+using Sum = typename PanelTraits<P>::Sum;
+
+// Whether Bf16Pair panels are worth packing on this processor.
+inline bool has_bf16_dot() {
+#if UK_X86 && UK_BITS == 512
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 
 }  // namespace UK_ISA

@@ -1,20 +1,25 @@
 // Panel sources: whatever can fill strips of kStrip lanes by depth steps. A source is any type with
-//   template <class T, int kStrip> void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const
-// that writes round_up(outers, kStrip) / kStrip strips, [strip][depth][kStrip], zero where outer runs out.
+//   template <class P, int kStrip> void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const
+// that writes round_up(outers, kStrip) / kStrip strips, [strip][step][kStrip], zero where outer (or, for pairs,
+// the depth) runs out.
 namespace UK_ISA {
 
 // Dense memory of any input type in either orientation, widened while it is packed.
 struct Dense {
   uk::Operand m;
 
-  template <class T, int kStrip>
-  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  template <class P, int kStrip>
+  void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     const uk::Operand at = m.from(outer * m.outer_stride + k * m.depth_stride);
-    switch (m.dtype) {
-      case uk::Dtype::f32: return strips<T, kStrip, float>(at, out, outers, depth);
-      case uk::Dtype::f64: return strips<T, kStrip, double>(at, out, outers, depth);
-      case uk::Dtype::bf16: return strips<T, kStrip, bf16>(at, out, outers, depth);
-      case uk::Dtype::f16: return strips<T, kStrip, f16>(at, out, outers, depth);
+    if constexpr (std::is_same_v<P, Bf16Pair>) {
+      pair_strips<kStrip>(at, out, outers, depth);
+    } else {
+      switch (m.dtype) {
+        case uk::Dtype::f32: return strips<P, kStrip, float>(at, out, outers, depth);
+        case uk::Dtype::f64: return strips<P, kStrip, double>(at, out, outers, depth);
+        case uk::Dtype::bf16: return strips<P, kStrip, bf16>(at, out, outers, depth);
+        case uk::Dtype::f16: return strips<P, kStrip, f16>(at, out, outers, depth);
+      }
     }
   }
 
@@ -36,6 +41,27 @@ struct Dense {
     }
   }
 
+  // bf16 memory as pairs of steps: 32-bit elements where the depth is contiguous, two rows zipped otherwise.
+  template <int kStrip>
+  static void pair_strips(const uk::Operand& at, Bf16Pair* out, int64_t outers, int64_t depth) {
+    const bf16* data = static_cast<const bf16*>(at.data);
+    const int64_t pairs = depth / 2, steps = (depth + 1) / 2;
+    for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * steps) {
+      const int lanes = int(outers - o < kStrip ? outers - o : kStrip);
+      const bf16* from = data + o * at.outer_stride;
+      if (lanes == kStrip && at.depth_stride == 1 && depth % 2 == 0 && at.outer_stride % 2 == 0) {
+        const uk::Operand words{nullptr, at.outer_stride / 2, 1, uk::Dtype::f32};
+        transpose<float, kStrip>(reinterpret_cast<const Bf16Pair*>(from), words, reinterpret_cast<float*>(out), pairs);
+        continue;
+      }
+      for (int64_t k = 0; k < steps; ++k)
+        for (int i = 0; i < kStrip; ++i) {
+          const bf16* x = from + i * at.outer_stride + 2 * k * at.depth_stride;
+          out[k * kStrip + i] = {i < lanes ? x[0] : bf16{}, i < lanes && k < pairs ? x[at.depth_stride] : bf16{}};
+        }
+    }
+  }
+
   template <class T, int kStrip, class S>
   static void gather(const S* from, const uk::Operand& at, T* out, int lanes, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip)
@@ -46,31 +72,42 @@ struct Dense {
   static void copy(const S* from, const uk::Operand& at, T* out, int64_t depth) {
     constexpr int W = kLanes<T>;
     for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip) {
-      int i = 0;
-      if constexpr (std::is_same_v<Wide<S>, T>)
-        for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
-      for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
+      if constexpr (std::is_same_v<S, T>) {
+        std::memcpy(out, from, kStrip * sizeof(T));
+      } else {
+        int i = 0;
+        if constexpr (std::is_same_v<Wide<S>, T>)
+          for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
+        for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
+      }
     }
   }
 
+  // Four rows at a time along the whole depth: many rows at once would share cache sets when the row
+  // stride is a power of two. Strips are even, so the last group may be two rows.
   template <class T, int kStrip, class S>
   static void transpose(const S* from, const uk::Operand& at, T* out, int64_t depth) {
-    int64_t k = 0;
-    if constexpr (std::is_same_v<Wide<S>, float> && std::is_same_v<T, float>)
-      for (; k + 4 <= depth; k += 4) transpose_quads<kStrip>(from + k, at.outer_stride, out + k * kStrip);
-    for (; k < depth; ++k)
-      for (int i = 0; i < kStrip; ++i) out[k * kStrip + i] = T(widen(from[i * at.outer_stride + k]));
+    if constexpr (std::is_same_v<Wide<S>, float> && std::is_same_v<T, float>) {
+      constexpr int kQuads = kStrip / 4 * 4;
+      for (int i = 0; i < kQuads; i += 4) transpose_rows<4, kStrip>(from + i * at.outer_stride, at, out + i, depth);
+      if constexpr (kQuads < kStrip)
+        transpose_rows<2, kStrip>(from + kQuads * at.outer_stride, at, out + kQuads, depth);
+    } else {
+      for (int i = 0; i < kStrip; ++i)
+        for (int64_t k = 0; k < depth; ++k) out[k * kStrip + i] = T(widen(from[i * at.outer_stride + k]));
+    }
   }
 
-  // kStrip lanes by 4 steps; strips are even, so a last pair of lanes is stored by halves.
-  template <int kStrip, class S>
-  static inline void transpose_quads(const S* from, int64_t stride, float* out) {
+  template <int kRows, int kStrip, class S>
+  static void transpose_rows(const S* from, const uk::Operand& at, float* out, int64_t depth) {
     typedef int Index __attribute__((vector_size(16)));
-    for (int i = 0; i < kStrip; i += 4) {
-      const bool pair = i + 4 > kStrip;
-      const Quad r0 = load_quad(from + i * stride), r1 = load_quad(from + (i + 1) * stride);
-      const Quad r2 = pair ? r0 : load_quad(from + (i + 2) * stride);
-      const Quad r3 = pair ? r1 : load_quad(from + (i + 3) * stride);
+    const S* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = from + i * at.outer_stride;
+    const int64_t whole = depth / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4, out += 4 * kStrip) {
+      const Quad r0 = load_quad(row[0] + k), r1 = load_quad(row[1] + k);
+      const Quad r2 = kRows == 4 ? load_quad(row[kRows - 2] + k) : r0;
+      const Quad r3 = kRows == 4 ? load_quad(row[kRows - 1] + k) : r1;
       const Quad lo01 = __builtin_shuffle(r0, r1, Index{0, 4, 1, 5});
       const Quad hi01 = __builtin_shuffle(r0, r1, Index{2, 6, 3, 7});
       const Quad lo23 = __builtin_shuffle(r2, r3, Index{0, 4, 1, 5});
@@ -78,8 +115,11 @@ struct Dense {
       const Quad columns[4] = {
           __builtin_shuffle(lo01, lo23, Index{0, 1, 4, 5}), __builtin_shuffle(lo01, lo23, Index{2, 3, 6, 7}),
           __builtin_shuffle(hi01, hi23, Index{0, 1, 4, 5}), __builtin_shuffle(hi01, hi23, Index{2, 3, 6, 7})};
-      for (int k = 0; k < 4; ++k) std::memcpy(out + k * kStrip + i, &columns[k], pair ? 8 : 16);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) std::memcpy(out + c * kStrip, &columns[c], kRows * sizeof(float));
     }
+    for (int64_t k = whole; k < depth; ++k, out += kStrip)
+      for (int i = 0; i < kRows; ++i) out[i] = widen(row[i][k]);
   }
 };
 
