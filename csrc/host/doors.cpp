@@ -34,16 +34,28 @@ uk::Pool threads(int count) {
           }};
 }
 
-using Matrix = py::array_t<float, py::array::forcecast>;
+uk::Operand operand(const py::array& m, uk::Dtype dtype) {
+  const int64_t size = m.itemsize();
+  if (m.strides(0) % size != 0 || m.strides(1) % size != 0) throw std::invalid_argument("matmul: unaligned strides");
+  return {m.data(), m.strides(0) / size, m.strides(1) / size, dtype};
+}
 
-py::array_t<float> matmul(const Matrix& a, const Matrix& b, const std::string& isa, int workers) {
+// numpy has no bfloat16: its bits come as uint16.
+uk::Dtype dtype_of(const py::array& m) {
+  if (py::isinstance<py::array_t<float>>(m)) return uk::Dtype::f32;
+  if (py::isinstance<py::array_t<double>>(m)) return uk::Dtype::f64;
+  if (py::isinstance<py::array_t<uint16_t>>(m)) return uk::Dtype::bf16;
+  throw std::invalid_argument("matmul: float32, float64 or uint16 (bits of bfloat16) expected");
+}
+
+py::array matmul(const py::array& a, const py::array& b, const std::string& isa, int workers) {
   if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(1))
     throw std::invalid_argument("matmul: a (m, k) and b (n, k) expected");
-  py::array_t<float> out({a.shape(0), b.shape(0)});
-  const int64_t size = sizeof(float);
-  const uk::Matmul p{{a.data(), a.strides(0) / size, a.strides(1) / size, uk::Dtype::f32},
-                     {b.data(), b.strides(0) / size, b.strides(1) / size, uk::Dtype::f32},
-                     a.shape(0), b.shape(0), a.shape(1), out.mutable_data()};
+  const uk::Dtype dtype = dtype_of(a);
+  if (dtype_of(b) != dtype) throw std::invalid_argument("matmul: a and b must have one dtype");
+  py::array out(dtype == uk::Dtype::f64 ? py::dtype::of<double>() : py::dtype::of<float>(),
+                std::vector<py::ssize_t>{a.shape(0), b.shape(0)});
+  const uk::Matmul p{operand(a, dtype), operand(b, dtype), a.shape(0), b.shape(0), a.shape(1), out.mutable_data()};
   const uk::Kernels& k = variant(isa);
   py::gil_scoped_release release;
   k.dense.matmul(p, threads(workers < 1 ? 1 : workers));
@@ -74,7 +86,7 @@ double fma_peak(const std::string& isa, double seconds, int workers) {
 
 void add_doors(py::module_& m) {
   m.def("matmul", &matmul, py::arg("a"), py::arg("b"), py::arg("isa") = "", py::arg("threads") = 1,
-        "a b^T of float32 matrices a (m, k) and b (n, k), any strides, on one ISA variant.");
+        "a b^T of matrices a (m, k) and b (n, k) in float32, float64 or bfloat16 bits (uint16), on one ISA variant.");
   m.def("fma_peak", &fma_peak, py::arg("isa") = "", py::arg("seconds") = 0.2, py::arg("threads") = 1,
         "FLOP/s of a loop of independent fused multiply-adds on that many threads at once.");
   m.def("can_run", [](const std::string& isa) {
