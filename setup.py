@@ -103,15 +103,18 @@ class Build(cpp_extension.BuildExtension):
         }
         (package / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n")
         if not self.inplace:  # so that an installed package can show on which GPUs its kernels have run
-            shutil.copytree(ROOT / "benchmarks/results", package / "_results", dirs_exist_ok=True)
+            (package / "_results").mkdir(exist_ok=True)
+            for path in glob("benchmarks/results/*.json"):
+                shutil.copy(path, package / "_results")
 
 
 def extensions() -> list[Extension]:
     stable = {"include_dirs": [INCLUDE], "py_limited_api": True}
     cxx = [*OPTIMISE, *STABLE]
     found = [cpp_extension.CppExtension("unlearn_kernels._C", CPU, extra_compile_args={"cxx": cxx}, **stable)]
-    dirs = [INCLUDE, pybind11.get_include()]
-    found.append(Extension("unlearn_kernels._host", HOST, dirs, language="c++", extra_compile_args=OPTIMISE))
+    dirs, threads = [INCLUDE, pybind11.get_include()], ["-pthread"]
+    host = {"language": "c++", "extra_compile_args": OPTIMISE + threads, "extra_link_args": threads}
+    found.append(Extension("unlearn_kernels._host", HOST, dirs, **host))
     if CUDA_HOME:
         cpp_extension.CUDA_HOME = str(CUDA_HOME)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")

@@ -9,8 +9,13 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   // method: 0 direct, 1 gram, 2 rank1, 3 gram that falls back to direct where it cancels
   m.def("linear_sqnorms(Tensor a, Tensor g, bool bias, int method) -> Tensor");
 
+  // Tensors of set 0 first, then those of set 1, and so on.
   m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
   m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
+  // rule: 0 A-GEM. Returns the Gramian (2, 2) and the weights (2,) of forget and retain.
+  m.def("project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule) -> (Tensor, Tensor)");
+  // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
+  m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 
   m.def("rademacher_project(Tensor g, int k, int seed) -> Tensor");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");

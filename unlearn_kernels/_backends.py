@@ -68,21 +68,29 @@ def register(operator: Operator) -> Operator:
     return operator
 
 
-def _checked(name: str, source: str) -> str | None:
-    if name and name not in BACKENDS:
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name or None
+    return name
+
+
+def _from_environment(variable: str) -> str | None:
+    name = _env.get(variable)
+    return _checked(name, variable) if name else None
 
 
 class _Selection:
     """The backend that `use_backend` and the environment ask for."""
 
-    name: str | None = _checked(_env.get("UNLEARN_KERNELS_BACKEND"), "UNLEARN_KERNELS_BACKEND")
+    name: str | None = _from_environment("UNLEARN_KERNELS_BACKEND")
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Runs every call inside the block that names no backend on `name`. Applies to the whole process.
+    """Runs every call inside the block that names no backend on `name`.
+
+    It holds for the whole process: calls of other threads see it too, and two threads that enter and leave
+    blocks at the same time can leave one's choice behind. Where threads differ, pass `backend=`.
 
     Raises:
         ValueError: if `name` is no backend.
@@ -120,7 +128,11 @@ def select(operator: str, backend: str | None, tensors: Sequence[Tensor]) -> Cal
 
 def _refusal(operator: str, asked: str, problem: str, tensors: Sequence[Tensor]) -> str:
     works = [name for name, impl in REGISTRY[operator].impls.items() if impl.problem(tensors) is None]
-    advice = f"Pass backend={works[0]!r} or name no backend." if works else "Move the tensors or change their dtype."
+    advice = (
+        f"Pass backend={works[0]!r} or name no backend."
+        if works
+        else "Move the tensors or change their dtype."
+    )
     return (
         f"{operator}: backend {asked!r} was requested but {problem}. "
         f"Available here: {', '.join(works) or 'none'}. {advice}"

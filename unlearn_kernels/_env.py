@@ -12,13 +12,19 @@ class Variable(NamedTuple):
 
 VARIABLES: Final[dict[str, Variable]] = {
     "UNLEARN_KERNELS_BACKEND": Variable(
-        "", "reference, cpp, triton, cuda", "Backend of every call that names none. Empty: the device's default."
+        "",
+        "reference, cpp, triton, cuda",
+        "Backend of every call that names none. Empty: the device's default.",
     ),
     "UNLEARN_KERNELS_ISA": Variable(
-        "auto", "auto, baseline, avx2, avx512", "Instruction set of the C++ kernels. Read by the extension at first use."
+        "auto",
+        "auto, baseline, avx2, avx512",
+        "Instruction set of the C++ kernels. Read by the extension at first use.",
     ),
     "UNLEARN_KERNELS_BUILD_CUDA": Variable(
-        "auto", "auto, 0, 1", "At build time: compile the CUDA C++ kernels when possible, never, or fail if impossible."
+        "auto",
+        "auto, 0, 1",
+        "At build time: compile the CUDA C++ kernels when possible, never, or fail if impossible.",
     ),
 }
 

@@ -14,7 +14,9 @@ def _load(name: str) -> bool:
         import_module(f"unlearn_kernels.{name}")
     except ImportError as error:
         built = any(Path(__file__).parent.glob(f"{name}.*"))
-        load_errors[name] = str(error) if built else f"not built here; in the source folder run: {BUILD_COMMAND}"
+        load_errors[name] = (
+            str(error) if built else f"not built here; in the source folder run: {BUILD_COMMAND}"
+        )
         return False
     return True
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -13,18 +12,26 @@ from unlearn_kernels._backends import FLOATS, Impl, Operator, register
 NAMESPACE: Final = "unlearn_kernels"
 
 
-@cache
-def _no_extension() -> str | None:
+# Looked up once and without importing it: `torch.compile` cannot trace the search.
+_HAVE_TRITON: Final = importlib.util.find_spec("triton") is not None
+
+
+def no_extension() -> str | None:
+    """Why the C++ kernels cannot run, or None."""
     return None if _loader.have_C else f"the C++ extension is missing ({_loader.load_errors['_C']})"
 
 
-@cache
 def _no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAVE_TRITON:
         return "Triton is not installed (pip install triton)"
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
     return None
+
+
+def no_triton_kernels() -> str | None:
+    """Why the Triton kernels cannot run, or None."""
+    return no_extension() or _no_triton()
 
 
 def raw(name: str) -> Callable[..., Any]:
@@ -33,7 +40,7 @@ def raw(name: str) -> Callable[..., Any]:
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def missing(*_: Any) -> Any:
-        raise ImportError(_no_extension())
+        raise ImportError(no_extension())
 
     return missing
 
@@ -65,11 +72,11 @@ def register_operator(
     """
     op = op or name
     impls = {
-        "cpp": Impl("cpp", raw(op), ("cpu",), dtypes, _no_extension),
+        "cpp": Impl("cpp", raw(op), ("cpu",), dtypes, no_extension),
         "reference": Impl("reference", reference, ("cpu", "cuda")),
     }
     if triton is not None:
-        impls["triton"] = Impl("triton", raw(op), ("cuda",), dtypes, lambda: _no_extension() or _no_triton())
+        impls["triton"] = Impl("triton", raw(op), ("cuda",), dtypes, no_triton_kernels)
     if _loader.have_C:
         register_raw(op, fake, triton)
     return register(Operator(name, family, formula, impls, differentiable))

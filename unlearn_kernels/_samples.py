@@ -1,6 +1,6 @@
 """Tiny arguments for every operator: what the self-check runs and the registry's tests go over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -26,9 +26,14 @@ def _gramian(dtype: torch.dtype, device: str) -> Arguments:
     return _tensors(dtype, device), 2
 
 
-def _combine_(dtype: torch.dtype, device: str) -> Arguments:
+def _combine(dtype: torch.dtype, device: str) -> Arguments:
     tensors = _tensors(dtype, device)
     return tensors[:2], tensors, torch.tensor([0.75, -0.5], dtype=torch.float64)
+
+
+def _project_conflict(dtype: torch.dtype, device: str) -> Arguments:
+    tensors = _tensors(dtype, device)
+    return tensors[:2], [-x for x in tensors[:1]] + tensors[3:], 0
 
 
 def _rademacher_project(dtype: torch.dtype, device: str) -> Arguments:
@@ -39,41 +44,39 @@ def _topk(dtype: torch.dtype, device: str) -> Arguments:
     return randn(2, 9, dtype=dtype, device=device), randn(30, 9, dtype=dtype, seed=1, device=device), 4, True
 
 
-def _head(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = randn(6, 8, dtype=dtype, device=device)
-    weight, bias = (
-        randn(11, *rest, dtype=dtype, seed=seed, device=device) for seed, rest in ((1, (8,)), (2, ()))
-    )
-    labels = torch.tensor([0, 10, 3, -100, 5, 5], device=device)
-    return h, weight, bias, labels
-
-
-def _linear_nll_forward(dtype: torch.dtype, device: str) -> Arguments:
-    return *_head(dtype, device), -100
-
-
-def _linear_nll_backward(dtype: torch.dtype, device: str) -> Arguments:
-    h, weight, bias, labels = _head(dtype, device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    logits = h.to(wide) @ weight.to(wide).T + bias.to(wide)
-    grad = randn(6, dtype=wide, seed=3, device=device)
-    return grad, h, weight, bias, labels, logits.logsumexp(-1), -100, True, True
+def _linear_nll(dtype: torch.dtype, device: str) -> Arguments:
+    h, weight = randn(6, 8, dtype=dtype, device=device), randn(11, 8, dtype=dtype, seed=1, device=device)
+    bias, labels = randn(11, dtype=dtype, seed=2, device=device), torch.tensor([0, 10, 3, -100, 5, 5])
+    return h, weight, bias, labels.to(device), -100
 
 
 SAMPLES: Final[dict[str, Maker]] = {
     "linear_sqnorms": _linear_sqnorms,
     "gramian": _gramian,
-    "combine_": _combine_,
+    "combine": _combine,
+    "project_conflict": _project_conflict,
     "rademacher_project": _rademacher_project,
     "topk": _topk,
-    "linear_nll_forward": _linear_nll_forward,
-    "linear_nll_backward": _linear_nll_backward,
+    "linear_nll": _linear_nll,
 }
 
 
-def results(call: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
-    """What a call returns, as a list; for one that returns nothing, the tensors that it wrote to."""
-    returned = call(*arguments)
-    if returned is None:
-        returned = arguments[0]
-    return [returned] if isinstance(returned, Tensor) else list(returned)
+def results(call: Callable[..., Any], arguments: Arguments, *, differentiable: bool = False) -> list[Tensor]:
+    """What a call returns, then its arguments as it left them or, if it has a backward, their gradients."""
+    leaves = [x for x in tensors_in(arguments) if x.is_floating_point()]
+    if not differentiable:
+        return [*tensors_in(call(*arguments)), *leaves]
+    for x in leaves:
+        x.requires_grad_()
+    returned = list(tensors_in(call(*arguments)))
+    upstream = [randn(*x.shape, dtype=x.dtype, seed=9, device=x.device.type) for x in returned]
+    return [*returned, *torch.autograd.grad(returned, leaves, upstream)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

@@ -23,7 +23,13 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_as_exact_as(
-    name: str, actual: Tensor, exact: Tensor, eager: Tensor, *, factor: float = 2.0, floor: float | None = None
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: float | None = None,
 ) -> None:
     """Asserts that `actual` is as near to `exact` (float64, same rounded inputs) as eager PyTorch is.
 

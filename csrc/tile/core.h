@@ -3,7 +3,8 @@
 // A tile C (rows x cols, row-major in cache) is accumulated over blocks of the reduction dimension:
 //   pack B (kc x cols) -> for each sub-block of rows: pack A (kc x kRowBlock) -> micro-kernels.
 // Panels are packed in strips, [strip][k][lane], zero-padded to whole strips, so the micro-kernel has
-// no edges. Each element of C is summed in the order of k whatever the tile or thread: the same bits.
+// no edges. Each element of C is a sum of sums over blocks of k, in order, whatever the tile or thread: the
+// same bits, and rounding errors that grow with the length of a block instead of the whole reduction.
 namespace UK_ISA {
 
 template <class P>
@@ -51,7 +52,7 @@ template <class P>
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) acc[i][j] = accumulate ? load(c + i * ldc + j * W) : Vec<T>{};
+    for (int j = 0; j < N; ++j) acc[i][j] = Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> bk[N];
 #pragma GCC unroll 2
@@ -66,7 +67,8 @@ template <class P>
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < N; ++j) store(c + i * ldc + j * W, acc[i][j]);
+    for (int j = 0; j < N; ++j)
+      store(c + i * ldc + j * W, accumulate ? load(c + i * ldc + j * W) + acc[i][j] : acc[i][j]);
 }
 
 #if UK_X86 && UK_BITS == 512

@@ -13,6 +13,19 @@ struct Accumulate {
   }
 };
 
+// C += A B in memory that has room for whole register tiles; from zero when `fresh`.
+template <class T>
+struct AddTo {
+  T* c;
+  int64_t ldc;
+  bool fresh;
+
+  template <class P>
+  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
+    micro_kernel(depth, a, b, c + i * ldc + j, ldc, !(first && fresh));
+  }
+};
+
 // sum of x(r, c) over the part of a register tile that lies inside a rows x cols tile; `vector` gives
 // whole vectors, `scalar` single elements where lanes are padding (which holds 0 * inf, not always 0).
 template <class T, class VectorTerm, class ScalarTerm>

@@ -1,7 +1,10 @@
 // The kernels of each family, once per ISA variant, and the choice among them.
 #pragma once
 #include "tile/dense.h"
+#include "tile/influence.h"
 #include "tile/per_sample.h"
+#include "tile/surgery.h"
+#include "tile/token_loss.h"
 
 namespace uk {
 
@@ -9,6 +12,9 @@ struct Kernels {
   const char* isa;
   DenseKernels dense;
   PerSampleKernels per_sample;
+  SurgeryKernels surgery;
+  InfluenceKernels influence;
+  TokenLossKernels token_loss;
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512;

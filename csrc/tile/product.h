@@ -25,14 +25,17 @@ void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t
              Epilogue&& epilogue) {
   using B = Block<P>;
   constexpr int64_t kBlock = B::kDepth * PanelTraits<P>::kSteps;
+  // Equal blocks: a last one of few rows would not pay for streaming the columns' panel again.
+  const int64_t blocks = (rows.size + B::kRowBlock - 1) / B::kRowBlock;
+  const int64_t most = round_up((rows.size + blocks - 1) / (blocks > 0 ? blocks : 1), B::kRows);
   int64_t k = 0;
   do {  // once even for an empty reduction: its result is zeros
     const int64_t size = depth - k < kBlock ? depth - k : kBlock;
     const int64_t steps = (size + PanelTraits<P>::kSteps - 1) / PanelTraits<P>::kSteps;
     const bool first = k == 0, last = k + size == depth;
     b.template pack<P, B::kCols>(panels.b, cols.begin, cols.size, k, size);
-    for (int64_t block = 0; block < rows.size; block += B::kRowBlock) {
-      const int64_t height = rows.size - block < B::kRowBlock ? rows.size - block : B::kRowBlock;
+    for (int64_t block = 0; block < rows.size; block += most) {
+      const int64_t height = rows.size - block < most ? rows.size - block : most;
       a.template pack<P, B::kRows>(panels.a, rows.begin + block, height, k, size);
       for (int64_t j = 0; j < cols.size; j += B::kCols)
         for (int64_t i = 0; i < height; i += B::kRows)

@@ -8,7 +8,11 @@ struct TileGrid {
   int64_t rows, cols, tile_rows, tile_cols;
 
   template <class P>
-  static TileGrid of(int64_t rows, int64_t cols, int64_t most_rows = 2 * Block<P>::kRowBlock, int64_t most_cols = 192) {
+  static TileGrid of(int64_t rows, int64_t cols) {
+    return within<P>(rows, cols, 2 * Block<P>::kRowBlock, 192);
+  }
+  template <class P>
+  static TileGrid within(int64_t rows, int64_t cols, int64_t most_rows, int64_t most_cols) {
     return {rows, cols, even(rows, most_rows, Block<P>::kRows), even(cols, most_cols, Block<P>::kCols)};
   }
   int64_t across() const { return (cols + tile_cols - 1) / tile_cols; }

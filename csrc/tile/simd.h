@@ -103,10 +103,17 @@ inline float widen(f16 x) {
 inline Vec<float> load_wide(const float* p) { return load(p); }
 inline Vec<double> load_wide(const double* p) { return load(p); }
 inline Vec<float> load_wide(const bf16* p) {
+#if UK_X86 && UK_BITS == 512
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif UK_X86 && UK_BITS == 256
+  // g++ would convert a vector in two halves here.
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   typedef typename VectorOf<uint16_t, kLanes<float>>::unaligned Half;
   typedef typename VectorOf<uint32_t, kLanes<float>>::type Word;
   const Word words = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
   return (Vec<float>)words;
+#endif
 }
 inline Vec<float> load_wide(const f16* p) {
 #if UK_X86 && UK_BITS == 512

@@ -123,4 +123,25 @@ struct Dense {
   }
 };
 
+// Random signs (see philox.h), made while they are packed: outer is the row, depth the coordinate.
+struct PhiloxSigns {
+  uint64_t seed;
+
+  template <class T, int kStrip>
+  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+    uint64_t words[2][round_up(kStrip, kLongs)];
+    for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
+      for (int64_t step = 0; step < depth;) {
+        const int64_t block = (k + step) / kSignBlock;
+        sign_words(seed, outer + o, kStrip, block, words[0], words[1]);
+        for (int64_t bit = k + step - block * kSignBlock; bit < kSignBlock && step < depth; ++bit, ++step)
+          for (int i = 0; i < kStrip; ++i) {
+            const T sign = words[bit / 64][i] >> (bit % 64) & 1 ? T(1) : T(-1);
+            out[step * kStrip + i] = o + i < outers ? sign : T(0);
+          }
+      }
+  }
+};
+
 }  // namespace UK_ISA
+

@@ -1,8 +1,8 @@
 """Drop-ins that put unlearn_kernels under the frameworks people already run, one module per framework.
 
-Each module imports its framework itself, so `import unlearn_adapters` needs none of them.
+Each module imports its framework itself, so that `import unlearn_adapters` needs none of them.
 """
 
-from importlib.metadata import version
+from unlearn_kernels import __version__
 
-__version__ = version("unlearn-kernels")
+__all__ = ["__version__"]

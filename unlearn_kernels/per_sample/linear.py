@@ -45,7 +45,9 @@ def _folded(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """`A` and `G` with every dimension between the first and the last folded into one."""
     for name, x in (("A", A), ("G", G)):
         if x.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions (batch, ..., features), got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have at least 2 dimensions (batch, ..., features), got {tuple(x.shape)}"
+            )
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if A.shape[:-1] != G.shape[:-1]:
@@ -111,11 +113,9 @@ def sqnorms(
     a, g = _folded(A, G)
     if method == "rank1" and a.shape[1] != 1:
         raise ValueError(f"method 'rank1' needs one token a sample, got {a.shape[1]}")
-    code = method
-    if method == "auto":
-        chosen = _choice(a, g).method
-        code = "auto" if chosen == "gram" else chosen
-    return select("linear_sqnorms", backend, (a, g))(a.detach(), g.detach(), bias, _CODES[code])
+    chosen = _choice(a, g).method if method == "auto" else method
+    code = _CODES["auto" if (method, chosen) == ("auto", "gram") else chosen]
+    return select("linear_sqnorms", backend, (a, g))(a.detach(), g.detach(), bias, code)
 
 
 def weighted_sum(A: Tensor, G: Tensor, w: Tensor, *, bias: bool = False) -> tuple[Tensor, Tensor | None]:

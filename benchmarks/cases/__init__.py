@@ -1,0 +1,1 @@
+"""The cases, a module per family; importing a module registers its cases."""

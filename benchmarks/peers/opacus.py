@@ -1,0 +1,40 @@
+"""opacus: per-sample norms of a linear layer by its ghost-clipping sampler and by its gradient sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def _layer(A: Tensor, G: Tensor) -> nn.Linear:
+    # The samplers look at the parameters' requires_grad only, so the weights need no memory.
+    return nn.Linear(A.shape[-1], G.shape[-1], device="meta")
+
+
+def ghost_sqnorms(A: Tensor, G: Tensor) -> Callable[[], Tensor]:
+    """Squared norms over weight and bias, each from its own pair of T × T Gram matrices."""
+    from opacus.grad_sample.linear import compute_linear_norm_sample
+
+    layer = _layer(A, G)
+
+    def run() -> Tensor:
+        norms = compute_linear_norm_sample(layer, [A], G)
+        return norms[layer.weight].square() + norms[layer.bias].square()
+
+    return run
+
+
+def materialised_sqnorms(A: Tensor, G: Tensor) -> Callable[[], Tensor]:
+    """Squared norms of the per-sample gradients, formed one by one in memory."""
+    from opacus.grad_sample.linear import compute_linear_grad_sample
+
+    layer = _layer(A, G)
+
+    def run() -> Tensor:
+        grads = compute_linear_grad_sample(layer, [A], G)
+        norms = torch.stack([grad.reshape(len(A), -1).norm(2, dim=-1) for grad in grads.values()], dim=1)
+        return norms.square().sum(dim=1)
+
+    return run

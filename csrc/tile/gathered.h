@@ -1,0 +1,94 @@
+// Panel sources for a matrix whose rows lie anywhere in memory, and for panels packed ahead.
+namespace UK_ISA {
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline void with_type(uk::Dtype dtype, F&& f) {
+  switch (dtype) {
+    case uk::Dtype::f32: return f(static_cast<const float*>(nullptr));
+    case uk::Dtype::f64: return f(static_cast<const double*>(nullptr));
+    case uk::Dtype::bf16: return f(static_cast<const bf16*>(nullptr));
+    case uk::Dtype::f16: return f(static_cast<const f16*>(nullptr));
+  }
+}
+
+// A dense matrix given by where its rows begin: `outer` runs over rows, the reduction over columns.
+struct GatheredRows {
+  const void* data;
+  const int64_t* offsets;  // elements from `data`, one a row
+  int64_t stride;          // of columns
+  uk::Dtype dtype;
+
+  template <class T, int kStrip>
+  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+    with_type(dtype, [&](auto* null) {
+      const auto* from = static_cast<decltype(null)>(data);
+      for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
+        for (int64_t i = 0; i < kStrip; ++i) {
+          const auto* row = o + i < outers ? from + offsets[outer + o + i] + k * stride : nullptr;
+          for (int64_t s = 0; s < depth; ++s) out[s * kStrip + i] = row ? T(widen(row[s * stride])) : T(0);
+        }
+    });
+  }
+};
+
+// Its transpose: `outer` runs over columns, the reduction over rows.
+struct GatheredColumns {
+  GatheredRows m;
+
+  template <class T, int kStrip>
+  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+    with_type(m.dtype, [&](auto* null) {
+      using S = std::remove_cv_t<std::remove_pointer_t<decltype(null)>>;
+      const S* from = static_cast<const S*>(m.data) + outer * m.stride;
+      for (int64_t o = 0; o < outers; o += kStrip, from += kStrip * m.stride)
+        for (int64_t s = 0; s < depth; ++s, out += kStrip)
+          step<T, kStrip>(from + m.offsets[k + s], outers - o, out);
+    });
+  }
+
+ private:
+  template <class T, int kStrip, class S>
+  void step(const S* from, int64_t left, T* out) const {
+    if (left >= kStrip && m.stride == 1) {
+      int i = 0;
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        for (; i + kLanes<T> <= kStrip; i += kLanes<T>) store(out + i, load_wide(from + i));
+      for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
+    } else {
+      for (int i = 0; i < kStrip; ++i) out[i] = i < left ? T(widen(from[i * m.stride])) : T(0);
+    }
+  }
+};
+
+// The rows of a product, packed once for all of its column tiles: [block of the reduction][strip][step][lane].
+template <class T>
+class Prepacked {
+ public:
+  template <class Source>
+  Prepacked(const Source& source, int64_t outers, int64_t depth, const uk::Pool& pool)
+      : lanes_(round_up(outers, kStrip)), memory_(lanes_ * depth) {
+    const int64_t blocks = (outers + B::kRowBlock - 1) / B::kRowBlock;
+    pool.each(blocks, [&](int64_t block, int) {
+      const int64_t outer = block * B::kRowBlock;
+      const int64_t height = outers - outer < B::kRowBlock ? outers - outer : B::kRowBlock;
+      for (int64_t k = 0; k < depth; k += B::kDepth) {
+        const int64_t steps = depth - k < B::kDepth ? depth - k : B::kDepth;
+        source.template pack<T, kStrip>(memory_.get() + lanes_ * k + outer * steps, outer, height, k, steps);
+      }
+    });
+  }
+
+  template <class, int>
+  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+    std::memcpy(out, memory_.get() + lanes_ * k + outer * depth, round_up(outers, kStrip) * depth * sizeof(T));
+  }
+
+ private:
+  using B = Block<T>;
+  static constexpr int kStrip = B::kRows;
+  int64_t lanes_;
+  uk::Scratch<T> memory_;
+};
+
+}  // namespace UK_ISA

@@ -1,0 +1,29 @@
+// Random projections and streaming top-k, ISA-free declarations.
+#pragma once
+#include "tile/types.h"
+
+namespace uk {
+
+// out (batch, outputs, contiguous; float, or double for f64) = g P^T / sqrt(outputs), g (batch, dim), P random signs.
+struct RademacherProjection {
+  Operand g;
+  int64_t batch, dim, outputs;
+  uint64_t seed;
+  void* out;
+};
+
+// The k best of queries (count, depth) times rows (size, depth)^T, a row of results a query, best first.
+struct TopK {
+  Operand queries, rows;
+  int64_t count, size, depth, k;
+  bool largest;
+  void* values;  // (count, k) float, or double for f64
+  int64_t* indices;
+};
+
+struct InfluenceKernels {
+  void (*rademacher_project)(const RademacherProjection&, const Pool&);
+  void (*topk)(const TopK&, const Pool&);
+};
+
+}  // namespace uk

@@ -1,0 +1,179 @@
+"""Every operator has all its layers: schema, reference, fake, samples, documentation row, benchmark case."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from unlearn_kernels import _loader
+from unlearn_kernels._backends import BACKENDS, FLOATS, REGISTRY, Operator
+from unlearn_kernels._ops import NAMESPACE
+from unlearn_kernels._samples import SAMPLES, results
+from unlearn_kernels.testing import assert_as_exact_as, randn
+
+pytestmark = pytest.mark.skipif(not _loader.have_C, reason="the extension is not built")
+ROOT = Path(__file__).parents[1]
+NOT_OPERATORS = {"isa", "find_clash"}
+
+Arguments = tuple[Any, ...]
+OPERATORS = pytest.mark.parametrize("operator", REGISTRY.values(), ids=list(REGISTRY))
+
+
+def sample(name: str) -> Arguments:
+    """An operator's sample, no two tensors of which share memory."""
+    assert name in SAMPLES, f"unlearn_kernels/_samples.py has no sample of {name}"
+    return tree_map_only(Tensor, torch.clone, SAMPLES[name](torch.float32, "cpu"))
+
+
+def linear_nll_backward() -> Arguments:
+    h, weight, bias, labels, ignore_index = sample("linear_nll")
+    lse = (h @ weight.T + bias).logsumexp(-1)
+    return randn(len(h), seed=3), h, weight, bias, labels, lse, ignore_index, True, True
+
+
+# Raw operators that a public one is made of: the others take its sample.
+PARTS = {
+    "linear_nll_forward": partial(sample, "linear_nll"),
+    "linear_nll_backward": linear_nll_backward,
+}
+WHOLE = {name: o.impls["cpp"].call for name, o in REGISTRY.items()}
+RAW = {
+    **{
+        call.name().split("::")[1]: partial(sample, name)
+        for name, call in WHOLE.items()
+        if isinstance(call, OpOverload)
+    },
+    **PARTS,
+}
+# The arguments whose first dimension is the one that may be empty.
+EMPTIED = {
+    "linear_sqnorms": (0, 1),
+    "gramian": (0,),
+    "combine_": (0, 1),
+    "project_conflict_": (0, 1),
+    "rademacher_project": (0,),
+    "topk": (0,),
+    "linear_nll_forward": (0, 3),
+    "linear_nll_backward": (0, 1, 4, 5),
+}
+RAW_OPERATORS = pytest.mark.parametrize("name", RAW)
+
+
+def raw(name: str) -> OpOverload:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def contiguous(name: str) -> Arguments:
+    return RAW[name]()
+
+
+def permuted(name: str) -> Arguments:
+    """The same numbers with the dimensions in the opposite order in memory."""
+
+    def reordered(x: Tensor) -> Tensor:
+        order = tuple(reversed(range(x.dim())))
+        return x.permute(order).contiguous().permute(order)
+
+    return tree_map_only(Tensor, reordered, contiguous(name))
+
+
+def strided(name: str) -> Arguments:
+    """The same numbers with gaps between those of a matrix."""
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, dim=-1)[..., ::2] if x.dim() > 1 else x
+
+    return tree_map_only(Tensor, spread, contiguous(name))
+
+
+def empty(name: str) -> Arguments:
+    """No samples, rows or tokens."""
+    arguments = list(contiguous(name))
+    assert name in EMPTIED, f"EMPTIED must tell which arguments of {name} may be empty"
+    for index in EMPTIED[name]:
+        arguments[index] = tree_map_only(Tensor, lambda x: x[:0], arguments[index])
+    return tuple(arguments)
+
+
+LAYOUTS = pytest.mark.parametrize("layout", [contiguous, permuted, strided, empty], ids=lambda f: f.__name__)
+Layout = Callable[[str], Arguments]
+
+
+def test_every_schema_has_a_sample() -> None:
+    schemas = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{NAMESPACE}::")}
+    assert {n.removeprefix(f"{NAMESPACE}::") for n in schemas} - NOT_OPERATORS == set(RAW)
+
+
+@OPERATORS
+def test_has_every_implementation(operator: Operator) -> None:
+    assert {"reference", "cpp", "triton"} <= set(operator.impls) <= set(BACKENDS)
+    assert importlib.import_module(f"unlearn_kernels.{operator.family}")
+    assert operator.formula
+    assert set(operator.impls["cpp"].dtypes) == set(FLOATS)
+
+
+@OPERATORS
+@LAYOUTS
+def test_kernel_equals_reference(operator: Operator, layout: Layout) -> None:
+    name = (
+        "linear_nll_forward" if operator.name == "linear_nll" else WHOLE[operator.name].name().split("::")[1]
+    )
+
+    def run(backend: str, arguments: Arguments) -> list[Tensor]:
+        return results(operator.impls[backend].call, arguments, differentiable=operator.differentiable)
+
+    actual, eager = run("cpp", layout(name)), run("reference", layout(name))
+    exact = run("reference", tree_map_only(Tensor, doubled, layout(name)))
+    for index, tensors in enumerate(zip(actual, exact, eager, strict=True)):
+        floor = 4 * torch.finfo(torch.float32).eps if tensors[0].is_floating_point() else 0.0
+        assert_as_exact_as(f"result {index}", *tensors, floor=floor)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+@RAW_OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_has_the_real_shapes(name: str, layout: Layout, device: str) -> None:
+    arguments = layout(name)
+    with FakeTensorMode():
+
+        def fake(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+        faked = tree_leaves(raw(name)(*tree_map_only(Tensor, fake, arguments)))
+    real = tree_leaves(raw(name)(*arguments))
+    assert [(f.shape, f.dtype, f.device.type) for f in faked if f is not None] == [
+        (r.shape, r.dtype, device) for r in real if r is not None
+    ]
+
+
+@RAW_OPERATORS
+@pytest.mark.parametrize("layout", [contiguous, permuted, empty], ids=lambda f: f.__name__)
+def test_opcheck(name: str, layout: Layout) -> None:
+    torch.library.opcheck(raw(name), layout(name))
+
+
+@OPERATORS
+def test_has_a_documentation_row(operator: Operator) -> None:
+    pages = [page for page in (ROOT / "README.md", ROOT / "docs/operators.md") if page.exists()]
+    rows = [row for page in pages for row in page.read_text().splitlines() if row.startswith("|")]
+    assert any(f"`{operator.name}`" in row for row in rows), "run `make docs`"
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks/registry.py").exists(), reason="no benchmarks here")
+@OPERATORS
+def test_has_a_benchmark_case(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    registry = importlib.import_module("benchmarks.registry")
+    assert registry.cases_of(operator.name), f"benchmarks/cases measures no {operator.name}"

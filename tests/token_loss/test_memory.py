@@ -1,0 +1,96 @@
+"""The memory promise, and addresses past 2^31 elements."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unlearn_kernels.testing import randn
+from unlearn_kernels.token_loss import linear_nll
+
+ROOT = Path(__file__).parents[2]
+
+_MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from torch.nn import functional as F
+from unlearn_kernels.token_loss import linear_nll
+
+def status(key):
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(key + ":")[1].split()[0]) * 1024
+
+def step(call, N, d, V):
+    h, W = torch.zeros(N, d, requires_grad=True), torch.zeros(V, d, requires_grad=True)
+    labels, upstream = torch.arange(N) % V, torch.ones(N)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    gradients = torch.autograd.grad(call(h, W, labels), (h, W), upstream)
+    return status("VmHWM") - before - sum(4 * g.numel() for g in gradients)
+
+calls = {
+    "eager": lambda h, W, y: F.cross_entropy(h @ W.T, y, reduction="none"),
+    "kernels": linear_nll,
+}
+call = calls[sys.argv[1]]
+step(call, 64, 32, 500)
+print(step(call, 1024, 32, 32000))
+"""
+
+
+def _peak(which: str) -> int:
+    command = [sys.executable, "-c", _MEASURE, which]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_peak_is_a_tenth_of_eager() -> None:
+    eager, ours = _peak("eager"), _peak("kernels")
+    assert eager > 2 * 1024 * 32000 * 4
+    assert ours <= eager / 10
+
+
+def _far_rows(rows: int, columns: int, seed: int) -> Tensor:
+    """A view whose last row begins past 2^31 elements. Only the pages that it touches exist."""
+    gap = 2**31 // (rows - 1) + 5
+    storage = torch.empty((rows - 1) * gap + columns, dtype=torch.bfloat16)
+    view = storage.as_strided((rows, columns), (gap, 1))
+    return view.copy_(randn(rows, columns, dtype=torch.bfloat16, seed=seed))
+
+
+def test_strides_past_2_31_elements() -> None:
+    h, W, labels = _far_rows(5, 6, 0), _far_rows(4, 6, 1), torch.tensor([0, 3, -100, 2, 3])
+    near = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in (h, W)]
+    far = [x.detach().requires_grad_() for x in (h, W)]
+    actual, expected = linear_nll(*far, labels), linear_nll(*near, labels)
+    assert torch.equal(actual, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual.sum(), far), torch.autograd.grad(expected.sum(), near), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_logits() -> None:
+    N, V = 4099, 600_011
+    h, W = torch.ones(N, 1), torch.full((1, 1), 0.5).expand(V, 1)
+    labels = torch.arange(N) * 100
+    nll = linear_nll(h, W, labels)
+    torch.testing.assert_close(nll, torch.full((N,), math.log(V)))
+
+
+def test_small_vocabulary_blocks_cover_every_column() -> None:
+    # Enough rows for the narrowest blocks of the backward, and a last block of one column.
+    h, W = randn(6000, 4).requires_grad_(), randn(769, 4, seed=1).requires_grad_()
+    labels = torch.arange(6000) % 769
+    actual = torch.autograd.grad(linear_nll(h, W, labels).mean(), (h, W))
+    expected = torch.autograd.grad(F.cross_entropy(h @ W.T, labels), (h, W))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

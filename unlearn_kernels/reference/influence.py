@@ -1,0 +1,69 @@
+"""Random projections and top-k search in plain formulas."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from unlearn_kernels.reference.per_sample import accumulation_dtype
+
+_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
+_LOW: Final = 0xFFFFFFFF
+SIGNS_A_CALL: Final = 128
+_SIGNS_AT_ONCE: Final = 1 << 24
+
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox4x32(counter: Words, seed: int) -> Words:
+    """Apply ten rounds of Philox4x32 to int64 tensors of 32-bit words; key (seed mod 2^32, seed / 2^32).
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
+    return c0, c1, c2, c3
+
+
+def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Return high and low word of x m, of which int64 holds only the lower 63 bits: by 16-bit halves."""
+    low, high = (x & 0xFFFF) * m, (x >> 16) * m
+    middle = (low >> 16) + (high & 0xFFFF)
+    return (high >> 16) + (middle >> 16), (middle & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def rademacher_signs(rows: Tensor, cols: Tensor, seed: int) -> Tensor:
+    """Return the signs P at `rows` x `cols` (two vectors of indices) as int8 +1 and -1.
+
+    Philox counter (row, col // 128, 0, 0); bit col % 32 of word col % 128 // 32; a set bit is +1.
+    """
+    blocks, where = torch.unique(cols // SIGNS_A_CALL, return_inverse=True)
+    c0, c1 = torch.broadcast_tensors(rows[:, None], blocks)
+    zero = torch.zeros_like(c0)
+    words = torch.stack(philox4x32((c0, c1, zero, zero), seed), dim=-1)
+    bits = words[:, where, cols % SIGNS_A_CALL // 32] >> cols % 32 & 1
+    return (2 * bits - 1).to(torch.int8)
+
+
+def rademacher_project(g: Tensor, k: int, seed: int) -> Tensor:
+    """Return `g P^T / sqrt(k)`, the signs made for some coordinates at a time."""
+    out = g.new_zeros(g.shape[0], k, dtype=accumulation_dtype(g))
+    rows = torch.arange(k, device=g.device)
+    step = max(SIGNS_A_CALL, _SIGNS_AT_ONCE // max(k, 1) // SIGNS_A_CALL * SIGNS_A_CALL)
+    for begin in range(0, g.shape[1], step):
+        cols = torch.arange(begin, min(begin + step, g.shape[1]), device=g.device)
+        out += g[:, begin : begin + step].to(out.dtype) @ rademacher_signs(rows, cols, seed).to(out.dtype).T
+    return out / max(k, 1) ** 0.5
+
+
+def topk(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """Return the k best of each row of `queries rows^T`; equal ones by index, NaN above every number."""
+    dtype = accumulation_dtype(queries, rows)
+    values, indices = (queries.to(dtype) @ rows.to(dtype).T).sort(dim=1, descending=largest, stable=True)
+    return values[:, :k].contiguous(), indices[:, :k].contiguous()

@@ -1,0 +1,7 @@
+"""Gradient surgery: inner products of whole gradients, and the gradient made from them."""
+
+from unlearn_kernels.surgery.combine import combine, combine_
+from unlearn_kernels.surgery.conflict import Conflict, project_conflict_
+from unlearn_kernels.surgery.gramian import gramian
+
+__all__ = ["Conflict", "combine", "combine_", "gramian", "project_conflict_"]

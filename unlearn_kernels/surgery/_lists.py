@@ -1,0 +1,92 @@
+"""Checks of gradient lists, shared by the surgery operators."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from unlearn_kernels import _loader, _ops
+from unlearn_kernels._backends import FLOATS
+
+T = TypeVar("T")
+
+
+def check(
+    names: Sequence[str], lists: Sequence[Sequence[Tensor]], places: Sequence[int] | None = None
+) -> list[Tensor]:
+    """One tensor of each dtype and device, having checked that the lists agree.
+
+    Args:
+        names: what the caller knows the lists as.
+        lists: as many lists of tensors.
+        places: where the tensors stood in the caller's lists, if some were left out.
+
+    Raises:
+        ValueError: if the lists differ in length or in a tensor's shape, or hold what is no floating-point
+            tensor of one device.
+    """
+    first = lists[0]
+    for name, tensors in zip(names[1:], lists[1:], strict=True):
+        if len(tensors) != len(first):
+            raise ValueError(
+                f"{names[0]} and {name} must have the same length, got {len(first)} and {len(tensors)}"
+            )
+        for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
+            if a.shape != b.shape:
+                i = places[i] if places else i
+                got = f"{tuple(a.shape)} and {tuple(b.shape)}"
+                raise ValueError(f"{names[0]}[{i}] and {name}[{i}] must have one shape, got {got}")
+    kinds = {(x.dtype, x.device): x for tensors in lists for x in tensors}
+    if len({device for _, device in kinds}) > 1 or any(dtype not in FLOATS for dtype, _ in kinds):
+        for name, tensors in zip(names, lists, strict=True):
+            for i, x in enumerate(tensors):
+                _check_kind(f"{name}[{places[i] if places else i}]", x, first[0].device)
+    return list(kinds.values())
+
+
+def _check_kind(name: str, x: Tensor, device: torch.device) -> None:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like the first tensor, got {x.device}")
+
+
+def written(
+    names: Sequence[str],
+    out: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    call: Callable[[], T],
+    places: Sequence[int] | None = None,
+) -> T:
+    """`call()`, which writes to `out` and reads `rest`, lists of its length. Where the operator refuses
+    because memory overlaps, a ValueError says which tensors do."""
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        torch.autograd.graph.increment_version(out)  # backward passes that saved these must notice
+    try:
+        return call()
+    except RuntimeError as error:
+        clash = _clash(out, rest)
+        if clash is None:
+            raise
+        at, (i, j), n = places or range(len(out)), clash, len(out)
+        other = f"{names[1 + j // n]}[{at[j % n]}]" if j >= 0 else "itself or another tensor of that list"
+        raise ValueError(f"{names[0]}[{at[i]}] is written and overlaps in memory with {other}") from error
+
+
+def _clash(out: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[int, int] | None:
+    if not _loader.have_C or torch.compiler.is_compiling():
+        return None
+    i, j = _ops.raw("find_clash")(list(out), list(rest))
+    return None if i < 0 else (i, j)
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError for a scope that does not exist."""
+    check_choice("scope", scope, ("global",))
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError naming the argument and what exists."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
