@@ -5,16 +5,40 @@
 #include <stdexcept>
 #include <string>
 
+// What <isa>/<family>.cpp define.
+#define UK_DECLARE(ISA)                              \
+  namespace ISA {                                    \
+  extern const uk::DenseKernels kDense;              \
+  extern const uk::PerSampleKernels kPerSample;      \
+  extern const uk::SurgeryKernels kSurgery;          \
+  extern const uk::InfluenceKernels kInfluence;      \
+  extern const uk::TokenLossKernels kTokenLoss;      \
+  }
+#define UK_KERNELS_OF(name, ISA) \
+  {name, ISA::kDense, ISA::kPerSample, ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
+
+UK_DECLARE(uk_baseline)
+UK_DECLARE(uk_avx2)
+UK_DECLARE(uk_avx512)
+
 namespace uk {
 
+// From the narrowest to the widest.
+static const Kernels kVariants[] = {
+    UK_KERNELS_OF("baseline", uk_baseline),
+#if UK_X86_VARIANTS
+    UK_KERNELS_OF("avx2", uk_avx2),
+    UK_KERNELS_OF("avx512", uk_avx512),
+#endif
+};
+
 bool can_run(const Kernels& k) {
-  if (k.isa == nullptr) return false;
-  if (&k == &kBaseline) return true;
-#if defined(__x86_64__)
+  if (&k == kVariants) return true;
+#if UK_X86_VARIANTS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-  if (&k == &kAvx2) return avx2;
+  if (std::strcmp(k.isa, "avx2") == 0) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #else
@@ -23,15 +47,22 @@ bool can_run(const Kernels& k) {
 }
 
 const Kernels* find_kernels(const char* isa) {
-  for (const Kernels* k : {&kBaseline, &kAvx2, &kAvx512})
-    if (k->isa != nullptr && std::strcmp(k->isa, isa) == 0) return k;
+  for (const Kernels& k : kVariants)
+    if (std::strcmp(k.isa, isa) == 0) return &k;
   return nullptr;
+}
+
+static const Kernels& widest() {
+  const Kernels* found = kVariants;
+  for (const Kernels& k : kVariants)
+    if (can_run(k)) found = &k;
+  return *found;
 }
 
 static const Kernels& choose() {
   const char* asked = std::getenv("UNLEARN_KERNELS_ISA");
   if (asked == nullptr || *asked == '\0' || std::strcmp(asked, "auto") == 0)
-    return can_run(kAvx512) ? kAvx512 : can_run(kAvx2) ? kAvx2 : kBaseline;
+    return widest();
   const Kernels* found = find_kernels(asked);
   if (found == nullptr || !can_run(*found))
     throw std::runtime_error("UNLEARN_KERNELS_ISA=" + std::string(asked) +

@@ -6,18 +6,23 @@
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
 
+// Whether the AVX2 and AVX-512 variants are compiled.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define UK_X86_VARIANTS 1
+#else
+#define UK_X86_VARIANTS 0
+#endif
+
 namespace uk {
 
 struct Kernels {
   const char* isa;
-  DenseKernels dense;
-  PerSampleKernels per_sample;
-  SurgeryKernels surgery;
-  InfluenceKernels influence;
-  TokenLossKernels token_loss;
+  const DenseKernels& dense;
+  const PerSampleKernels& per_sample;
+  const SurgeryKernels& surgery;
+  const InfluenceKernels& influence;
+  const TokenLossKernels& token_loss;
 };
-
-extern const Kernels kBaseline, kAvx2, kAvx512;
 
 // Whether this processor and operating system can run the variant.
 bool can_run(const Kernels& kernels);

@@ -105,6 +105,8 @@ struct Dense {
     for (int i = 0; i < kRows; ++i) row[i] = from + i * at.outer_stride;
     const int64_t whole = depth / 4 * 4;
     for (int64_t k = 0; k < whole; k += 4, out += 4 * kStrip) {
+      if (k % 16 == 0)
+        for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + kRows * at.outer_stride + k);
       const Quad r0 = load_quad(row[0] + k), r1 = load_quad(row[1] + k);
       const Quad r2 = kRows == 4 ? load_quad(row[kRows - 2] + k) : r0;
       const Quad r3 = kRows == 4 ? load_quad(row[kRows - 1] + k) : r1;

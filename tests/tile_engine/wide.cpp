@@ -8,7 +8,10 @@
 #define UK_BITS 512
 #define UK_X86 0
 #define UK_ISA wide
-#include "tile/variant.inc"
+#include "tile/engine.inc"
+
+#include "tile/dense.inc"
+#include "tile/per_sample.inc"
 
 static const uk::Pool kOneThread{1, [](const uk::Pool&, int64_t tasks, void* context,
                                        void (*body)(void*, int64_t, int)) {

@@ -1,3 +1,5 @@
+// Kernels for any processor.
+#pragma once
 #include <atomic>
 #include <cmath>
 #include <type_traits>
@@ -7,8 +9,4 @@
 #define UK_BITS 128
 #define UK_X86 0
 #define UK_ISA uk_baseline
-#include "tile/variant.inc"
-
-namespace uk {
-const Kernels kBaseline = UK_KERNELS_OF("baseline");
-}
+#include "tile/engine.inc"

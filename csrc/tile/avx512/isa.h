@@ -1,22 +1,16 @@
+// Kernels for AVX512; nothing where the compiler or the processor's family cannot have them.
+#pragma once
 #include <atomic>
 #include <cmath>
 #include <type_traits>
 
 #include "tile/kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if UK_X86_VARIANTS
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
 #define UK_BITS 512
 #define UK_X86 1
 #define UK_ISA uk_avx512
-#include "tile/variant.inc"
-
-namespace uk {
-const Kernels kAvx512 = UK_KERNELS_OF("avx512");
-}
-#else
-namespace uk {
-const Kernels kAvx512{};
-}
+#include "tile/engine.inc"
 #endif
