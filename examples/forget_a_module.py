@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from forget import corpus, report
 from forget.comparison import Plan, compare
+from forget.corpus import Split, Text
 from forget.model import Shape
 from forget.preparation import Training, load, prepare
 from forget.progress import bar
@@ -28,7 +29,13 @@ from forget.worker import Setup, backend
 
 import unlearn_kernels
 
-PROJECTED = 512  # coordinates of a projected gradient
+PROJECTED = 1024  # coordinates of a projected gradient
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,9 +43,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--module", default="turtle", help="top-level module to forget (default: turtle)")
-    parser.add_argument("--steps", type=int, default=40, help="unlearning steps (default: 40)")
+    parser.add_argument("--steps", type=positive, default=40, help="unlearning steps (default: 40)")
     parser.add_argument(
-        "--train-steps", type=int, default=Training.steps, help=f"training steps (default: {Training.steps})"
+        "--train-steps",
+        type=positive,
+        default=Training.steps,
+        help=f"training steps (default: {Training.steps})",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument(
@@ -69,7 +79,7 @@ class Settings:
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    plan = {"steps": options.steps, "found": 64, "seed": options.seed}
+    plan = {"steps": options.steps, "found": 64, "seed": options.seed, "yardstick": min(8, options.steps)}
     if not options.quick:
         return Settings(Shape(), Training(steps=options.train_steps, seed=options.seed), plan)
     shape = Shape(vocabulary=1024, context=32, width=32, layers=1, heads=2)
@@ -95,11 +105,10 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The whole job. Returns the report."""
-    begun, chosen = time.perf_counter(), settings(options)
-    texts = corpus.collect()
-    split = corpus.split(texts, options.module, seed=options.seed, most=chosen.texts)
+def run(
+    options: argparse.Namespace, chosen: Settings, texts: list[Text], split: Split, folder: Path
+) -> dict[str, Any]:
+    """Train, find, forget. Returns the report."""
     with backend(options.backend), bar("training") as progress:
         trained, reused = prepare(
             texts,
@@ -126,18 +135,20 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **report.comparison_fields(outcomes, split, forgotten, state.model().flat_weights()),
     }
     result["checks"] = report.checks(result)
-    result["seconds"] = time.perf_counter() - begun
     return result
 
 
 def main() -> int:
-    options = arguments()
-    folder = options.out or Path("out") / f"forget_{options.module}"
+    begun, options = time.perf_counter(), arguments()
+    chosen, texts = settings(options), corpus.collect()
     try:
-        result = run(options, folder)
+        split = corpus.split(texts, options.module, seed=options.seed, most=chosen.texts)
     except ValueError as error:
         print(f"forget_a_module: {error}", file=sys.stderr)
         return 2
+    folder = options.out or Path("out") / f"forget_{options.module}"
+    result = run(options, chosen, texts, split, folder)
+    result["seconds"] = time.perf_counter() - begun
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     print(report.summary(result))
     print(f"\nWritten: {folder / 'report.json'}")

@@ -27,12 +27,12 @@ class Plan:
     lengths: list[int]
     steps: int
     found: int  # texts to take from influence, and forget
+    yardstick: int  # steps that are done in float64 as well
     index_tokens: int = 4096
     index_texts: int = 64  # at once, whose gradients are in memory
     forget_texts: int = 16
     retain_tokens: int = 2048
     measure_every: int = 10
-    yardstick: int = 8  # steps that are done in float64 as well
     seed: int = 0
 
 
@@ -79,14 +79,13 @@ class Comparison:
         batches = batches_by_length(
             [self.plan.lengths[i] for i in texts], self.plan.index_tokens, most=self.plan.index_texts
         )
-        order = [place for batch in batches for place in batch]
-        self._each("begin_influence")
+        self._each("begin_influence", len(texts))
         with bar("influence") as progress:
-            for done, batch in enumerate(batches, 1):
-                self._each("gradients", [texts[place] for place in batch], phase="influence")
+            for done, places in enumerate(batches, 1):
+                self._each("gradients", [texts[place] for place in places], places, phase="influence")
                 progress(done, len(batches), "")
         found = self._each(
-            "search", order, len(split.queries), max(self.plan.found, TEXTS_FOR_PRECISION), phase="influence"
+            "search", len(split.queries), max(self.plan.found, TEXTS_FOR_PRECISION), phase="influence"
         )
         self._peaks("influence")
         for name, places in found.items():

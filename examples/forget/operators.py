@@ -82,7 +82,7 @@ class Plain:
         """
         source = influence.Projection(dim, k, kind="rademacher", seed=seed)
         signs = torch.empty(dim, k, dtype=like.dtype, device=like.device)
-        for columns in torch.arange(dim).split(1 << 14):
+        for columns in torch.arange(dim).split(1 << 10):
             signs[columns] = source.signs(torch.arange(k), columns).T.to(signs)
         return lambda gradients: gradients @ signs / math.sqrt(k)  # [B, dim] -> [B, k]
 

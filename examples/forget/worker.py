@@ -56,7 +56,7 @@ class Run:
         self.model = trained.model().to(setup.device, setup.dtype).requires_grad_(False)
         self.meter = PeakMeter(setup.device)
         self.projection: Projection | None = None
-        self.rows: list[Tensor] = []  # projected gradients
+        self.rows = torch.empty(0)  # projected gradients, by place
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -69,27 +69,27 @@ class Run:
         unlearner = Unlearner(model, self.operators, self.setup.recipe)
         unlearner.step(texts, unlearner.reference(texts), texts)
 
-    def begin_influence(self) -> None:
+    def begin_influence(self, texts: int) -> None:
+        """Make room for the rows of so many texts."""
         self.meter.start()
         weight = attribution.target(self.model).weight.requires_grad_(True)
-        self.projection = self.operators.projection(
-            weight.numel(), self.setup.projected, self.setup.seed, weight
-        )
+        k = self.setup.projected
+        self.projection = self.operators.projection(weight.numel(), k, self.setup.seed, weight)
+        self.rows = weight.new_zeros(texts, k)
 
-    def gradients(self, texts: Sequence[int]) -> None:
+    def gradients(self, texts: Sequence[int], places: Sequence[int]) -> None:
+        """Rows for `texts`, stored at `places`."""
         assert self.projection is not None, "begin_influence comes first"
-        self.rows.append(
-            attribution.gradient_rows(self.model, self.operators, self.projection, self._texts(texts))
+        self.rows[list(places)] = attribution.gradient_rows(
+            self.model, self.operators, self.projection, self._texts(texts)
         )
 
-    def search(self, order: Sequence[int], queries: int, k: int) -> list[int]:
-        """The `k` training texts behind the queries; row i belongs at `order[i]`, queries come last."""
-        rows = torch.empty_like(torch.cat(self.rows))
-        rows[list(order)] = torch.cat(self.rows)
-        return attribution.search(self.operators, rows, queries, k).tolist()
+    def search(self, queries: int, k: int) -> list[int]:
+        """Places of the `k` training texts behind the queries, whose rows are the last."""
+        return attribution.search(self.operators, self.rows, queries, k).tolist()
 
     def begin_unlearning(self) -> None:
-        self.projection, self.rows = None, []
+        self.projection, self.rows = None, torch.empty(0)
         self.meter.start()
         self.unlearner = Unlearner(self.model, self.operators, self.setup.recipe)
         self.references: dict[int, Tensor] = {}
