@@ -24,7 +24,7 @@ INCLUDE = str(ROOT / "csrc")  # absolute, because ninja runs in its own folder
 OPTIMISE = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000"]
 TILE = sorted(glob("csrc/tile/**/*.cpp", recursive=True))
-CPU = ["csrc/schema.cpp", *TILE, *sorted(glob("csrc/cpu/*.cpp"))]
+CPU = ["csrc/schema.cpp", *TILE, *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))]
 HOST = sorted(glob("csrc/host/*.cpp"))
 CUDA = sorted(glob("csrc/cuda/*.cu"))
 

@@ -109,8 +109,8 @@ def all_cases() -> tuple[Case, ...]:
     """Every case, in the order of registration; imports the case modules the first time."""
     import benchmarks.cases as package
 
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-        importlib.import_module(f"{package.__name__}.{module}")
+    for module in sorted(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")):
+        importlib.import_module(module)
     return tuple(_cases.values())
 
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "tile/dense.h"
 #include "tile/influence.h"
-#include "tile/per_sample.h"
+#include "tile/per_sample/linear.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
 
@@ -18,7 +18,7 @@ namespace uk {
 struct Kernels {
   const char* isa;
   const DenseKernels& dense;
-  const PerSampleKernels& per_sample;
+  const PerSampleLinearKernels& per_sample_linear;
   const SurgeryKernels& surgery;
   const InfluenceKernels& influence;
   const TokenLossKernels& token_loss;

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear as apply_linear
 
 from unlearn_kernels.per_sample import linear
-from unlearn_kernels.reference.per_sample import linear_sqnorms as reference
+from unlearn_kernels.reference.per_sample.linear import linear_sqnorms as reference
 from unlearn_kernels.testing import assert_as_exact_as, at_threads, randn
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearn_kernels.reference.per_sample import linear_sqnorms
+from unlearn_kernels.reference.per_sample.linear import linear_sqnorms
 from unlearn_kernels.testing import assert_as_exact_as, randn
 
 CSRC = Path(__file__).parents[2] / "csrc"

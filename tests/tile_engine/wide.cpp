@@ -11,7 +11,7 @@
 #include "tile/engine.inc"
 
 #include "tile/dense.inc"
-#include "tile/per_sample.inc"
+#include "tile/per_sample/linear.inc"
 
 static const uk::Pool kOneThread{1, [](const uk::Pool&, int64_t tasks, void* context,
                                        void (*body)(void*, int64_t, int)) {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(find_spec("unlearn_kernels.triton_kernels").origin).parent
-FILES = sorted(FOLDER.glob("*.py"))
+FILES = sorted(FOLDER.rglob("*.py"))
 BANNED = ("make_block_ptr", "autotune", "libdevice", "inline_asm_elementwise", "atomic_")
 
 

@@ -9,7 +9,7 @@ from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels._loader import have_C
 from unlearn_kernels.reference import influence as reference
-from unlearn_kernels.reference.per_sample import accumulation_dtype
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 Kind = Literal["rademacher"]
 _MOST: Final = {"dim": 1 << 39, "k": 1 << 32, "seed": (1 << 63) - 1}

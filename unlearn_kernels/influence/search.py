@@ -8,7 +8,7 @@ from torch import Tensor
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.reference import influence as reference
-from unlearn_kernels.reference.per_sample import accumulation_dtype
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 
 class TopK(NamedTuple):

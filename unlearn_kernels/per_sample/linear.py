@@ -7,7 +7,8 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
-from unlearn_kernels.reference import per_sample as reference
+from unlearn_kernels.reference.dtypes import accumulation_dtype
+from unlearn_kernels.reference.per_sample import linear as reference
 
 Method = Literal["auto", "direct", "gram", "rank1"]
 _CODES: Final = {"direct": 0, "gram": 1, "rank1": 2, "auto": 3}
@@ -22,11 +23,11 @@ class Choice(NamedTuple):
 
 
 def _fake(a: Tensor, g: Tensor, bias: bool, method: int) -> Tensor:
-    return a.new_empty(a.shape[0], dtype=reference.accumulation_dtype(a, g))
+    return a.new_empty(a.shape[0], dtype=accumulation_dtype(a, g))
 
 
 def _triton(a: Tensor, g: Tensor, bias: bool, method: int) -> Tensor:
-    from unlearn_kernels.triton_kernels import per_sample as kernels
+    from unlearn_kernels.triton_kernels.per_sample import linear as kernels
 
     return kernels.linear_sqnorms(a, g, bias, method)
 

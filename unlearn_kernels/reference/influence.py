@@ -5,7 +5,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from unlearn_kernels.reference.per_sample import accumulation_dtype
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)

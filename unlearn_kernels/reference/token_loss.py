@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unlearn_kernels.reference.per_sample import accumulation_dtype
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 
 def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

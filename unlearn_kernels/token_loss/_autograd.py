@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _loader, _ops
-from unlearn_kernels.reference.per_sample import accumulation_dtype
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 Forward = tuple[Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor]

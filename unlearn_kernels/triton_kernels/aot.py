@@ -74,8 +74,8 @@ class Compiled(NamedTuple):
 def cases() -> Iterator[AotCase]:
     """Every case of every module of this package."""
     package = importlib.import_module("unlearn_kernels.triton_kernels")
-    for found in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
-        yield from getattr(importlib.import_module(f"{package.__name__}.{found}"), "AOT", ())
+    for found in sorted(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")):
+        yield from getattr(importlib.import_module(found), "AOT", ())
 
 
 def source(case: AotCase) -> ASTSource:

@@ -29,7 +29,7 @@ Tensor linear_sqnorms(const Tensor& a, const Tensor& g, bool bias, int64_t metho
   const double work = p.method == NormMethod::rank1    ? rows * double(p.inputs + p.outputs)
                       : p.method == NormMethod::direct ? rows * double(p.inputs) * double(p.outputs)
                                                        : rows * double(p.tokens) * double(p.inputs + p.outputs);
-  kernels().per_sample.linear_sqnorms(p, pool_for(work));
+  kernels().per_sample_linear.linear_sqnorms(p, pool_for(work));
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Per-sample gradient kernels, ISA-free declarations.
+// Per-sample gradients of linear layers, ISA-free declarations.
 #pragma once
 #include "tile/types.h"
 
@@ -26,7 +26,7 @@ struct LinearNorms {
   }
 };
 
-struct PerSampleKernels {
+struct PerSampleLinearKernels {
   void (*linear_sqnorms)(const LinearNorms&, const Pool&);
 };
 

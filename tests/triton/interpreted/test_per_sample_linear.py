@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearn_kernels.reference.per_sample import linear_sqnorms as reference
+from unlearn_kernels.reference.per_sample.linear import linear_sqnorms as reference
 from unlearn_kernels.testing import assert_as_exact_as, randn
-from unlearn_kernels.triton_kernels.per_sample import linear_sqnorms
+from unlearn_kernels.triton_kernels.per_sample.linear import linear_sqnorms
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 METHODS = {"direct": 0, "gram": 1, "guarded gram": 3}

@@ -1,12 +1,9 @@
-"""Per-sample gradients in plain formulas."""
+"""Per-sample gradients of a linear layer in plain formulas."""
 
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, otherwise float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 
 def linear_grads(a: Tensor, g: Tensor, bias: bool = False) -> Tensor:

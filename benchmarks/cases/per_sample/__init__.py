@@ -1,0 +1,1 @@
+"""Per-sample gradients, a module per layer."""

@@ -1,3 +1,0 @@
-#include "tile/baseline/isa.h"
-
-#include "tile/per_sample.inc"

@@ -1,0 +1,1 @@
+"""Per-sample gradients in plain formulas, a module per layer."""

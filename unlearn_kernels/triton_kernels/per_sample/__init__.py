@@ -1,0 +1,1 @@
+"""Per-sample gradients in Triton, a module per layer."""
