@@ -2,11 +2,12 @@ r"""Per-sample gradients of a linear layer: `W_i = \sum_t g_{it} a_{it}^T`, and 
 
 from typing import Final, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels.per_sample._checks import check_floats, check_weights, folded
+from unlearn_kernels.per_sample._types import Gradients
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.reference.per_sample import linear as reference
 
@@ -44,25 +45,12 @@ _ops.register_operator(
 
 def _folded(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """`A` and `G` with every dimension between the first and the last folded into one."""
-    for name, x in (("A", A), ("G", G)):
-        if x.dim() < 2:
-            raise ValueError(
-                f"{name} must have at least 2 dimensions (batch, ..., features), got {tuple(x.shape)}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    check_floats(A=A, G=G)
     if A.shape[:-1] != G.shape[:-1]:
         raise ValueError(
             f"A and G must agree in all dimensions but the last, got {tuple(A.shape)} and {tuple(G.shape)}"
         )
-    if A.device != G.device:
-        raise ValueError(f"A and G must be on one device, got {A.device} and {G.device}")
-    if A.dtype != G.dtype and torch.float64 in (A.dtype, G.dtype):
-        raise ValueError(f"A and G must both be float64 or neither, got {A.dtype} and {G.dtype}")
-    if A.dim() == 3:
-        return A, G
-    tokens = 1 if A.dim() == 2 else A.shape[1:-1].numel()
-    return A.reshape(A.shape[0], tokens, A.shape[-1]), G.reshape(G.shape[0], tokens, G.shape[-1])
+    return folded(A), folded(G)
 
 
 def _choice(A: Tensor, G: Tensor) -> Choice:
@@ -119,7 +107,7 @@ def sqnorms(
     return select("linear_sqnorms", backend, (a, g))(a.detach(), g.detach(), bias, code)
 
 
-def weighted_sum(A: Tensor, G: Tensor, w: Tensor, *, bias: bool = False) -> tuple[Tensor, Tensor | None]:
+def weighted_sum(A: Tensor, G: Tensor, w: Tensor, *, bias: bool = False) -> Gradients:
     r"""The weighted sum of per-sample gradients, `\sum_i w_i W_i`, in one product: no second backward.
 
     Args:
@@ -139,7 +127,6 @@ def weighted_sum(A: Tensor, G: Tensor, w: Tensor, *, bias: bool = False) -> tupl
     Source: book-keeping, Bu et al. 2023 (arXiv 2210.00038).
     """
     a, g = _folded(A, G)
-    if w.shape != a.shape[:1]:
-        raise ValueError(f"w must have shape ({a.shape[0]},), got {tuple(w.shape)}")
+    check_weights(w, a, a.shape[0])
     scaled = (g * w.to(g.dtype)[:, None, None]).flatten(0, 1)
-    return scaled.T @ a.flatten(0, 1).to(g.dtype), scaled.sum(0) if bias else None
+    return Gradients(scaled.T @ a.flatten(0, 1).to(g.dtype), scaled.sum(0) if bias else None)
