@@ -2,5 +2,6 @@
 
 from unlearn_kernels.per_sample import linear
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
+from unlearn_kernels.per_sample.model import PerSampleGradients
 
-__all__ = ["Gradients", "TwoSided", "linear"]
+__all__ = ["Gradients", "PerSampleGradients", "TwoSided", "linear"]
