@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from unlearn_kernels.per_sample.modules.use import Use, combined
 
 By: TypeAlias = Literal["sample", "parameter"]
 Projections: TypeAlias = Mapping[str, Projection | TwoSided] | Projection
+UNKNOWN: Final = -1
 Parameters: TypeAlias = Mapping[str, torch.nn.Parameter]
 
 
@@ -28,7 +29,7 @@ class Batch:
 
     def __init__(self, parameters: Parameters, parallel: Parallel, mean: bool) -> None:
         self.parameters, self.parallel, self.mean = parameters, parallel, mean
-        self.samples = 0
+        self.samples = UNKNOWN
         self.calls: Counter[str] = Counter()
         self.answered = False
         self._uses: dict[str, list[Use]] = {}

@@ -46,14 +46,16 @@ def place(
 def _recognised(layer: Layer, output: Tensor, first: Tensor, samples: int, batch_first: bool) -> Layout:
     if not batch_first or samples == 1:
         return "samples"
-    indices = isinstance(layer, EmbeddingLayer) and first.dim() == 1
-    if indices and first.shape[0] == samples and _counts(first):
+    if not isinstance(layer, EmbeddingLayer):
+        return "samples"
+    vector = first.dim() == 1
+    if vector and (first.shape[0] == 1 or (first.shape[0] == samples and _counts(first))):
         raise ValueError(
-            f"{layer.path}: ids 0..{samples - 1} may be positions that all samples share, or one id a sample: pass "
-            f"layout={{{layer.path!r}: 'broadcast'}} or 'samples'"
+            f"{layer.path}: ids {tuple(first.shape)} may be positions that all samples share, or one id a sample: "
+            f"pass layout={{{layer.path!r}: 'broadcast'}} or 'samples'"
         )
-    shared = first.shape[0] != samples if indices else output.shape[0] == 1
-    return "broadcast" if shared and layer.flexible else "samples"
+    shared = first.shape[0] != samples if vector else first.shape[0] == 1
+    return "broadcast" if shared else "samples"
 
 
 def _counts(ids: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from unlearn_kernels.per_sample._batch import Batch
+from unlearn_kernels.per_sample._batch import UNKNOWN, Batch
 from unlearn_kernels.per_sample._layout import Layout, Placement, place
 from unlearn_kernels.per_sample._parallel import is_dtensor
 from unlearn_kernels.per_sample._survey import Followed
@@ -91,8 +91,10 @@ class Recorder:
             return
         if self.batch.answered:
             self.batch = self.fresh()
-        samples = self.batch_size or _samples(args, kwargs, self.batch_first)
-        if self.batch.samples not in (0, samples):
+        samples = self.batch_size
+        if samples is None:
+            samples = _samples(args, kwargs, self.batch_first)
+        if self.batch.samples not in (UNKNOWN, samples):
             raise ValueError(f"two forwards of one batch have {self.batch.samples} and {samples} samples")
         self.batch.samples = samples
         if not self._watched and not any(is_dtensor(p) for p in module.parameters()):
@@ -136,12 +138,13 @@ class Recorder:
     def _count(self, path: str) -> None:
         if self.batch.answered and torch.is_grad_enabled():
             self.batch = self.fresh()
-        self.batch.samples = self.batch.samples or self.batch_size or 0
+        if self.batch.samples == UNKNOWN and self.batch_size is not None:
+            self.batch.samples = self.batch_size
         self.batch.calls[path] += 1
 
     def _tapped(self, one: Followed, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         layer, batch = one.layer, self.batch
-        if batch.samples == 0:
+        if batch.samples == UNKNOWN:
             raise ValueError(f"{layer.path} ran outside of the model's own forward: pass batch_size=")
         outputs = float_tensors(output)
         if not isinstance(layer, FallbackLayer) and len(outputs) != 1:

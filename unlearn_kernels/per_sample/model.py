@@ -45,7 +45,7 @@ class PerSampleGradients:
         batch_first: whether samples are the first dimension of every module's tensors, or the second.
         layout: for modules, by path, whose tensors are otherwise: "broadcast" for one that all samples share,
             "folded" for a flattened (B * T, ...), "samples" where an embedding's ids look like positions.
-            Ids and inputs with 1 as their first dimension, and vectors of ids, are recognised as shared.
+            Ids (1, T), and vectors of ids that are not B long, are recognised as shared.
         fallback: "vmap" runs modules without a kernel again, sample by sample, and keeps their parameters'
             gradients (B, *shape): exact, slow, and open to modules that `torch.func` can run. None refuses them.
         backward_grads: leaves the parameters' own gradients to the backward, as if this were not here.
