@@ -1,7 +1,7 @@
 """The exact way for modules without a kernel: the module once more, sample by sample, under `torch.func`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from unlearn_kernels.per_sample.modules.layer import Kept, Layer
 from unlearn_kernels.per_sample.modules.use import Dense, Use, widened
 
 
+_TENSOR: Final = object()
+
+
 class _Call(NamedTuple):
     """One call of a module, without its tensors."""
 
     frame: pytree.TreeSpec
-    constants: list[Any]
+    leaves: list[Any]
     samples: int
     fingerprint: Tensor
 
@@ -40,18 +43,17 @@ class FallbackLayer(Layer):
 
     def keep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]) -> Kept:
         leaves, frame = pytree.tree_flatten((args, dict(kwargs)))
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return Kept(tensors, _Call(frame, constants, outputs[0].shape[0], _fingerprint(outputs)))
+        return Kept(tensors, _Call(frame, others, outputs[0].shape[0], _fingerprint(outputs)))
 
     def _function(self, call: _Call, tensors: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, ...]]:
         def run(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
             given = iter(tensors)
-            leaves = [next(given) if c is None and i in places else c for i, c in enumerate(call.constants)]
+            leaves = [next(given) if leaf is _TENSOR else leaf for leaf in call.leaves]
             args, kwargs = pytree.tree_unflatten(leaves, call.frame)
             return float_tensors(functional_call(self.module, weights, args, kwargs))
 
-        places = {i for i, c in enumerate(call.constants) if c is None}
         return run
 
     def uses(self, kept: Kept, grads: tuple[Tensor | None, ...]) -> dict[str, Use]:
