@@ -24,7 +24,7 @@ def kernel(
     lists: Sequence[Sequence[Tensor]],
     places: Sequence[int] | None = None,
 ) -> Callable[..., Any]:
-    """The implementation of `operator` for these lists, at least one of them not empty, having checked that they agree.
+    """The implementation of `operator` for these lists, not all empty, having checked that they agree.
 
     The C++ kernels look at shapes and dtypes themselves. Hundreds of tensors are therefore not gone through
     here, which would take as long as reading a few million elements, unless a kernel refuses.
