@@ -14,7 +14,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Shape:
-    vocabulary: int = 4096
+    vocabulary: int = 8192
     context: int = 128
     width: int = 128
     layers: int = 3
