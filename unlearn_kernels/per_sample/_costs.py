@@ -8,9 +8,9 @@ are least squares over measured times (`python docs/per_sample_costs.py`, which 
 from math import ceil
 from typing import Final, NamedTuple
 
-COPIED: Final = 4.0
-TRANSPOSED: Final = 10.0
-HADAMARD: Final = 3.0
+COPIED: Final = 20.0
+TRANSPOSED: Final = 32.0
+HADAMARD: Final = 8.0
 _HELD: Final = 16
 _HELD_SIZE: Final = 160 << 10
 
