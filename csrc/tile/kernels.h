@@ -2,7 +2,9 @@
 #pragma once
 #include "tile/dense.h"
 #include "tile/influence.h"
+#include "tile/per_sample/embedding.h"
 #include "tile/per_sample/linear.h"
+#include "tile/per_sample/norm.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
 
@@ -19,6 +21,8 @@ struct Kernels {
   const char* isa;
   const DenseKernels& dense;
   const PerSampleLinearKernels& per_sample_linear;
+  const PerSampleEmbeddingKernels& per_sample_embedding;
+  const PerSampleNormKernels& per_sample_norm;
   const SurgeryKernels& surgery;
   const InfluenceKernels& influence;
   const TokenLossKernels& token_loss;
