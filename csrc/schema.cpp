@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 
-  m.def("rademacher_project(Tensor g, int k, int seed) -> Tensor");
+  // blocks: which 128 coordinates each 128 columns of g are
+  m.def("rademacher_project(Tensor g, int k, int seed, Tensor? blocks=None) -> Tensor");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");
 
   m.def("linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index) -> (Tensor, Tensor)");

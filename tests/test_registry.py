@@ -56,6 +56,11 @@ RAW = {
 # The arguments whose first dimension is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
+    "embedding_sqnorms": (0, 1),
+    "embedding_dots": (0, 1, 2, 3),
+    "embedding_weighted_sum": (0, 1, 2),
+    "norm_sqnorms": (0, 1),
+    "norm_grads": (0, 1),
     "gramian": (0,),
     "combine_": (0, 1),
     "project_conflict_": (0, 1),

@@ -128,6 +128,7 @@ struct Dense {
 // Random signs (see philox.h), made while they are packed: outer is the row, depth the coordinate.
 struct PhiloxSigns {
   uint64_t seed;
+  const int64_t* blocks = nullptr;  // where a block of the depth lies; null: where it is
 
   template <class T, int kStrip>
   void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
@@ -135,7 +136,7 @@ struct PhiloxSigns {
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
       for (int64_t step = 0; step < depth;) {
         const int64_t block = (k + step) / kSignBlock;
-        sign_words(seed, outer + o, kStrip, block, words[0], words[1]);
+        sign_words(seed, outer + o, kStrip, blocks == nullptr ? block : blocks[block], words[0], words[1]);
         for (int64_t bit = k + step - block * kSignBlock; bit < kSignBlock && step < depth; ++bit, ++step)
           for (int i = 0; i < kStrip; ++i) {
             const T sign = words[bit / 64][i] >> (bit % 64) & 1 ? T(1) : T(-1);

@@ -1,7 +1,7 @@
 // Per-sample gradients of an embedding, ISA-free declarations. Row v of a sample's gradient is the sum of the
 // output gradients of its tokens with the id v.
 #pragma once
-#include "tile/per_sample/tokens.h"
+#include "tile/per_sample/ids.h"
 
 namespace uk {
 

@@ -1,4 +1,4 @@
-#include "tile/per_sample/tokens.h"
+#include "tile/per_sample/ids.h"
 
 #include <algorithm>
 
