@@ -139,7 +139,7 @@ def sqnorms(
         backend: see `unlearn_kernels.use_backend`.
 
     Returns:
-        (B,), float32 (float64 for float64), accumulated in that type and, over more than 128 tokens of one id,
+        (B,), float32 (float64 for float64), accumulated in that type and, over more than 32 tokens of one id,
         in double. The same bits at every thread count. Not differentiable.
 
     Raises:

@@ -157,7 +157,7 @@ def sqnorms(
         ValueError: if shapes, devices or dtypes do not fit the kind.
 
     Scratch: `24 d` bytes a thread, and `8 d * 32` for fewer than 32 samples (parts of a sample, summed in
-    order); for `group` 24 bytes a channel of a group and 16 KB a thread.
+    order); for `group` 24 bytes a channel of a group and 8 KB a thread.
 
     Source: the formulas of `torch.nn`; per-sample gradients by Opacus have the same values and are all in memory.
     """
