@@ -28,20 +28,26 @@ def test_is_the_projection_of_the_whole(count: int, width: int, dtype: torch.dty
 
 def test_no_rows_and_no_samples() -> None:
     p = Projection(60, 4)
-    assert torch.equal(p.project_rows(torch.zeros(3, 0, 6), torch.zeros(0, dtype=torch.long)), torch.zeros(3, 4))
+    assert torch.equal(
+        p.project_rows(torch.zeros(3, 0, 6), torch.zeros(0, dtype=torch.long)), torch.zeros(3, 4)
+    )
     assert p.project_rows(torch.zeros(0, 2, 6), torch.tensor([1, 5])).shape == (0, 4)
 
 
 def test_errors() -> None:
     p, g = Projection(60, 4), torch.zeros(3, 2, 6)
-    with pytest.raises(ValueError, match=r"g must have shape \(B, n, d\) with d a divisor of 60, got \(3, 2, 7\)"):
+    with pytest.raises(
+        ValueError, match=r"g must have shape \(B, n, d\) with d a divisor of 60, got \(3, 2, 7\)"
+    ):
         p.project_rows(torch.zeros(3, 2, 7), torch.tensor([1, 5]))
     with pytest.raises(ValueError, match=r"rows must be in \[0, 10\)"):
         p.project_rows(g, torch.tensor([1, 10]))
     with pytest.raises(ValueError, match="rows must have 2 elements, got 1"):
         p.project_rows(g, torch.tensor([1]))
     with pytest.raises(RuntimeError, match="blocks must be a contiguous int64 vector of 2 elements"):
-        torch.ops.unlearn_kernels.rademacher_project(torch.zeros(1, 200), 4, 0, torch.zeros(1, dtype=torch.long))
+        torch.ops.unlearn_kernels.rademacher_project(
+            torch.zeros(1, 200), 4, 0, torch.zeros(1, dtype=torch.long)
+        )
 
 
 def test_opcheck_and_vmap() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.per_sample.embeddings import DTYPES, WIDE, by_autograd, tokens
 from torch import Tensor
 
+from tests.per_sample.embeddings import DTYPES, WIDE, by_autograd, tokens
 from unlearn_kernels.per_sample import embedding
 from unlearn_kernels.reference.per_sample.embedding import embedding_sqnorms as reference
 from unlearn_kernels.testing import assert_as_exact_as, at_threads, randn
@@ -28,7 +28,9 @@ def check(ids: Tensor, g: Tensor, rows: int, padding_idx: int | None = None) -> 
 def test_reference_is_autograd(padding_idx: int | None) -> None:
     ids, g = tokens(3, 9, 6, 4, torch.float64)
     exact = by_autograd(ids, g, 6, padding_idx).square().sum(dim=(1, 2))
-    torch.testing.assert_close(reference(ids, g, 6, -1 if padding_idx is None else 2), exact, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        reference(ids, g, 6, -1 if padding_idx is None else 2), exact, rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,8 +74,12 @@ def test_strides(dtype: torch.dtype) -> None:
     ids, g = tokens(3, 40, 9, 20, dtype)
     expected = check(ids, g, 9)
     spread = ids.repeat_interleave(2, 1)[:, ::2]
-    assert torch.equal(embedding.sqnorms(spread, g.transpose(0, 1).contiguous().transpose(0, 1), num_embeddings=9), expected)
-    assert torch.equal(embedding.sqnorms(ids.T.contiguous().T, g.repeat_interleave(2, 1)[:, ::2], num_embeddings=9), expected)
+    assert torch.equal(
+        embedding.sqnorms(spread, g.transpose(0, 1).contiguous().transpose(0, 1), num_embeddings=9), expected
+    )
+    assert torch.equal(
+        embedding.sqnorms(ids.T.contiguous().T, g.repeat_interleave(2, 1)[:, ::2], num_embeddings=9), expected
+    )
     check(ids, g.mT.contiguous().mT, 9)
     check(ids, g[..., :1].expand(-1, -1, 20), 9)
     check(ids, g[:, :1].expand(-1, 40, -1), 9)
@@ -121,7 +127,7 @@ def test_same_bits_at_every_thread_count_and_in_every_batch() -> None:
         def norms(part: slice, ids: Tensor = ids, g: Tensor = g, rows: int = size[1]) -> Tensor:
             return embedding.sqnorms(ids[part], g[part], num_embeddings=rows)
 
-        results = at_threads((1, 2, 4, 3), lambda: norms(slice(None)))  # noqa: B023
+        results = at_threads((1, 2, 4, 3), lambda: norms(slice(None)))
         assert all(torch.equal(results[0], other) for other in results)
         assert torch.equal(torch.cat([norms(slice(i, i + 1)) for i in range(5)]), results[0])
 
@@ -152,7 +158,9 @@ def test_peer_parity_and_where_the_peer_errs() -> None:
     theirs = opacus.compute_embedding_norm_sample(layer, [ids], g)[layer.weight].square()
     torch.testing.assert_close(embedding.sqnorms(ids, g, num_embeddings=30), theirs, rtol=1e-5, atol=0)
     padded = embedding.sqnorms(ids, g, num_embeddings=30, padding_idx=0)
-    torch.testing.assert_close(padded.double(), by_autograd(ids, g, 30, 0).square().sum(dim=(1, 2)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        padded.double(), by_autograd(ids, g, 30, 0).square().sum(dim=(1, 2)), rtol=1e-6, atol=0
+    )
     assert (theirs > 1.1 * padded).all()
     positions = torch.arange(60)[None] % 30
     with pytest.raises(RuntimeError, match="index_add_"):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.per_sample.embeddings import DTYPES, WIDE, by_autograd, tokens
 from torch import Tensor
 
+from tests.per_sample.embeddings import DTYPES, WIDE, by_autograd, tokens
 from unlearn_kernels.influence import Projection
 from unlearn_kernels.per_sample import embedding
 from unlearn_kernels.per_sample._types import TwoSided
@@ -57,7 +57,9 @@ def test_dots_with_itself_has_the_norms_on_its_diagonal() -> None:
     side, _ = pair((7, 40, 1, 1, 15, 30))
     gram = embedding.dots(*side, *side, num_embeddings=15)
     assert torch.equal(gram, gram.T)
-    torch.testing.assert_close(gram.diagonal(), embedding.sqnorms(*side, num_embeddings=15), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gram.diagonal(), embedding.sqnorms(*side, num_embeddings=15), rtol=1e-6, atol=0
+    )
 
 
 def test_one_table_used_twice_by_the_same_samples() -> None:
@@ -167,7 +169,9 @@ def test_project_is_the_projection_of_the_gradients(rows: int, width: int, dtype
         whole = embedding.grads(ids, g, **options).weight
         result = embedding.project(ids, g, projection, **options)
         assert result.dtype == whole.dtype
-        assert relative_error(result, projection(whole.double().flatten(1))) <= 8 * torch.finfo(whole.dtype).eps
+        assert (
+            relative_error(result, projection(whole.double().flatten(1))) <= 8 * torch.finfo(whole.dtype).eps
+        )
 
 
 def test_project_in_several_portions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +210,10 @@ def test_errors() -> None:
         embedding.project(ids, g, Projection(35, 2), **options)
     with pytest.raises(ValueError, match=r"left must have shape \(k, 9\), got \(2, 8\)"):
         embedding.project(ids, g, TwoSided(torch.ones(2, 8), torch.ones(2, 4)), **options)
-    for op, more in (("embedding_dots", (ids, g, 9, -1, True)), ("embedding_weighted_sum", (torch.ones(2).double(), 9, -1, True))):
+    for op, more in (
+        ("embedding_dots", (ids, g, 9, -1, True)),
+        ("embedding_weighted_sum", (torch.ones(2).double(), 9, -1, True)),
+    ):
         with pytest.raises(RuntimeError, match=r"ids must be in \[0, 9\)"):
             getattr(torch.ops.unlearn_kernels, op)(ids + 5, g, *more)
     with pytest.raises(RuntimeError, match="w must be a float64 vector of 2"):

@@ -25,7 +25,9 @@ CASES = pytest.mark.parametrize(("kind", "shape"), SHAPES, ids=str)
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: float = 0.5) -> tuple[Tensor, Tensor]:
+def pair(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, offset: float = 0.5
+) -> tuple[Tensor, Tensor]:
     x, g = (randn(*shape, dtype=torch.float64, seed=seed) for seed in (0, 1))
     return (x + offset).to(dtype), g.to(dtype)
 
@@ -122,7 +124,9 @@ def test_strides(kind: str, dtype: torch.dtype) -> None:
     x, g = pair(sample_shape(kind), dtype)
     expected = check(kind, x, g)
     options = {"kind": kind, "eps": EPS, "bias": True, **KINDS[kind]}
-    assert torch.equal(norm.sqnorms(x.mT.contiguous().mT, g.repeat_interleave(2, 2)[..., ::2], **options), expected)
+    assert torch.equal(
+        norm.sqnorms(x.mT.contiguous().mT, g.repeat_interleave(2, 2)[..., ::2], **options), expected
+    )
     assert torch.equal(norm.sqnorms(x.transpose(0, 1).contiguous().transpose(0, 1), g, **options), expected)
     assert torch.equal(norm.sqnorms(x.flip(0), g.flip(0), **options), expected.flip(0))
     check(kind, x[:, :1].expand_as(g), g)
@@ -201,7 +205,11 @@ def test_same_bits_at_every_thread_count(kind: str, shape: tuple[int, ...]) -> N
     options = {"kind": kind, "eps": EPS, "bias": True, **KINDS[kind]}
 
     def everything() -> list[Tensor]:
-        return [norm.sqnorms(x, g, **options), norm.grads(x, g, **options).weight, norm.dots(x, g, x, g, **options)]
+        return [
+            norm.sqnorms(x, g, **options),
+            norm.grads(x, g, **options).weight,
+            norm.dots(x, g, x, g, **options),
+        ]
 
     first, *others = at_threads((1, 2, 4, 3), everything)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -220,7 +228,9 @@ def test_empty(kind: str, shape: tuple[int, ...]) -> None:
 @EACH_KIND
 def test_dots(kind: str, dtype: torch.dtype) -> None:
     x1, g1 = pair(sample_shape(kind), dtype)
-    x2, g2 = (t[:3, :, :40] if kind == "group" else t[:3, :40] for t in pair(sample_shape(kind), dtype, offset=-1))
+    x2, g2 = (
+        t[:3, :, :40] if kind == "group" else t[:3, :40] for t in pair(sample_shape(kind), dtype, offset=-1)
+    )
     options = {"kind": kind, "eps": EPS, **KINDS[kind]}
     for bias in (False, True):
         one, two = (
@@ -281,7 +291,11 @@ ERRORS: dict[str, dict[str, Any]] = {
     "num_groups must divide the 6 channels, got None": {"kind": "group"},
     "num_groups must be None for kind 'rms', got 2": {"kind": "rms", "num_groups": 2},
     "normalized_shape must be the last dimensions of X (2, 6, 4), got (6,)": {"normalized_shape": 6},
-    "normalized_shape must be None for kind 'group'": {"kind": "group", "num_groups": 2, "normalized_shape": 4},
+    "normalized_shape must be None for kind 'group'": {
+        "kind": "group",
+        "num_groups": 2,
+        "normalized_shape": 4,
+    },
 }
 
 

@@ -131,7 +131,9 @@ class Projection:
         by at most 254 coordinates.
         """
         if g.dim() != 3 or g.shape[2] == 0 or self.dim % g.shape[2] != 0:
-            raise ValueError(f"g must have shape (B, n, d) with d a divisor of {self.dim}, got {tuple(g.shape)}")
+            raise ValueError(
+                f"g must have shape (B, n, d) with d a divisor of {self.dim}, got {tuple(g.shape)}"
+            )
         self._check_index("rows", rows, self.dim // g.shape[2])
         if len(rows) != g.shape[1]:
             raise ValueError(f"rows must have {g.shape[1]} elements, got {len(rows)}")

@@ -1,7 +1,7 @@
 r"""Per-sample gradients of an embedding: row v of `W_i` is `\sum_{t : ids_{it} = v} g_{it}`, mostly zero."""
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -35,19 +35,19 @@ def _fake_weighted_sum(
     return g.new_empty(num_embeddings, g.shape[2], dtype=accumulation_dtype(g) if wide else g.dtype)
 
 
-def _triton_sqnorms(*arguments: Tensor | int) -> Tensor:
+def _triton_sqnorms(*arguments: Any) -> Tensor:
     from unlearn_kernels.triton_kernels.per_sample import embedding as kernels
 
     return kernels.embedding_sqnorms(*arguments)
 
 
-def _triton_dots(*arguments: Tensor | int) -> Tensor:
+def _triton_dots(*arguments: Any) -> Tensor:
     from unlearn_kernels.triton_kernels.per_sample import embedding as kernels
 
     return kernels.embedding_dots(*arguments)
 
 
-def _triton_weighted_sum(*arguments: Tensor | int) -> Tensor:
+def _triton_weighted_sum(*arguments: Any) -> Tensor:
     from unlearn_kernels.triton_kernels.per_sample import embedding as kernels
 
     return kernels.embedding_weighted_sum(*arguments)
@@ -79,7 +79,9 @@ _ops.register_operator(
 )
 
 
-def _folded(ids: Tensor, G: Tensor, num_embeddings: int, names: tuple[str, str] = ("ids", "G")) -> tuple[Tensor, Tensor]:
+def _folded(
+    ids: Tensor, G: Tensor, num_embeddings: int, names: tuple[str, str] = ("ids", "G")
+) -> tuple[Tensor, Tensor]:
     """ids (B, T) and G (B, T, d), with position ids repeated for every sample."""
     name, g_name = names
     check_floats(**{g_name: G})
@@ -199,7 +201,9 @@ def dots(
     padding = _padding(num_embeddings, padding_idx)
     check_floats(G1=G1, G2=G2)
     if G1.shape[-1] != G2.shape[-1]:
-        raise ValueError(f"G1 and G2 must have the same last dimension, got {G1.shape[-1]} and {G2.shape[-1]}")
+        raise ValueError(
+            f"G1 and G2 must have the same last dimension, got {G1.shape[-1]} and {G2.shape[-1]}"
+        )
     ids1, g1 = _folded(ids1, G1, num_embeddings, ("ids1", "G1"))
     ids2, g2 = _folded(ids2, G2, num_embeddings, ("ids2", "G2"))
     call = select("embedding_dots", backend, (g1, g2, ids1, ids2))
@@ -332,7 +336,9 @@ def project(
     return out
 
 
-def _touched(ids: Tensor, g: Tensor, padding: int, backend: Backend | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _touched(
+    ids: Tensor, g: Tensor, padding: int, backend: Backend | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Some ids of the batch at a time, in order, and their rows of every sample's gradient, (B, n, d)."""
     known, place = torch.unique(torch.where(ids == padding, -1, ids.long()), return_inverse=True)
     first = int((known < 0).sum())

@@ -1,4 +1,4 @@
-r"""Per-sample gradients of LayerNorm, RMSNorm and GroupNorm: scale `\sum_t \hat x_{it} g_{it}`, bias `\sum_t g_{it}`."""
+r"""Per-sample gradients of LayerNorm, RMSNorm and GroupNorm: `\sum_t \hat x_{it} g_{it}` and `\sum_t g_{it}`."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
@@ -94,7 +94,9 @@ def _layer(
     else:
         groups, scale = 1, _scale_shape(X, kind, num_groups, normalized_shape)
         shape = (X.shape[0], X.shape[1 : X.dim() - len(scale)].numel(), scale.numel())
-    return _Layer(X.detach().reshape(shape), G.detach().reshape(shape), _CODES[kind], groups, float(eps), scale)
+    return _Layer(
+        X.detach().reshape(shape), G.detach().reshape(shape), _CODES[kind], groups, float(eps), scale
+    )
 
 
 def _groups(X: Tensor, num_groups: int | None, normalized_shape: object) -> int:
@@ -114,7 +116,9 @@ def _scale_shape(
         return X.shape[-1:]
     scale = torch.Size((normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape)
     if not 0 < len(scale) < X.dim() or X.shape[-len(scale) :] != scale:
-        raise ValueError(f"normalized_shape must be the last dimensions of X {tuple(X.shape)}, got {tuple(scale)}")
+        raise ValueError(
+            f"normalized_shape must be the last dimensions of X {tuple(X.shape)}, got {tuple(scale)}"
+        )
     return scale
 
 

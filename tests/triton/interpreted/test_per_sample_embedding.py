@@ -11,7 +11,9 @@ from unlearn_kernels.triton_kernels.per_sample import embedding as kernels
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def tokens(batch: int, length: int, rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def tokens(
+    batch: int, length: int, rows: int, width: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, rows, (batch, length), generator=generator)
     return ids, randn(batch, length, width, dtype=dtype, seed=seed + 1)
@@ -37,7 +39,7 @@ def test_every_operator(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_exact_as("sum", half, exact, exact.to(dtype))
 
 
-def check(name: str, arguments, g: Tensor, g2: Tensor) -> None:  # noqa: ANN001
+def check(name: str, arguments, g: Tensor, g2: Tensor) -> None:
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     call, plain = getattr(kernels, name), getattr(reference, name)
     result = call(*arguments(g, g2))
@@ -67,7 +69,9 @@ def test_ids_out_of_range_touch_nothing() -> None:
     ids, g = tokens(1, 6, 4, 5, torch.float32)
     wrong = torch.cat([ids, torch.tensor([[-5, 4, 1 << 40]])], 1)
     more = torch.cat([g, randn(1, 3, 5, seed=3)], 1)
-    assert torch.equal(kernels.embedding_sqnorms(wrong, more, 4, -1), kernels.embedding_sqnorms(ids, g, 4, -1))
+    assert torch.equal(
+        kernels.embedding_sqnorms(wrong, more, 4, -1), kernels.embedding_sqnorms(ids, g, 4, -1)
+    )
     w = torch.ones(1, dtype=torch.float64)
     expected = kernels.embedding_weighted_sum(ids, g, w, 4, -1, True)
     assert torch.equal(kernels.embedding_weighted_sum(wrong, more, w, 4, -1, True), expected)

@@ -46,7 +46,9 @@ def test_mixed_types_and_strides(kind: int, groups: int) -> None:
 @KINDS
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6), (2, 4, 0)], ids=str)
 def test_empty(shape: tuple[int, ...], kind: int, groups: int) -> None:
-    assert torch.equal(kernels.norm_sqnorms(*[torch.zeros(shape)] * 2, kind, groups, 1e-5, True), torch.zeros(shape[0]))
+    assert torch.equal(
+        kernels.norm_sqnorms(*[torch.zeros(shape)] * 2, kind, groups, 1e-5, True), torch.zeros(shape[0])
+    )
 
 
 @KINDS

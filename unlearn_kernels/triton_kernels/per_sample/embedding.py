@@ -115,7 +115,21 @@ def pair_kernel(
                 for column in range(0, width, COLS):
                     cols = span(column, COLS)
                     x = run_sum(
-                        g1, places1, g1, at, end, tokens1, g1_b, g1_t, g1_d, cols, width, False, ROWS, RUN, ACC
+                        g1,
+                        places1,
+                        g1,
+                        at,
+                        end,
+                        tokens1,
+                        g1_b,
+                        g1_t,
+                        g1_d,
+                        cols,
+                        width,
+                        False,
+                        ROWS,
+                        RUN,
+                        ACC,
                     )
                     y = run_sum(
                         g2, places2, g2, other, other_end, tokens2, g2_b, g2_t, g2_d, cols, width, False,
@@ -236,7 +250,9 @@ def embedding_weighted_sum(
 _LIST: Final = ("keys", "places", "ends")
 
 
-def _case(kernel: Any, dtype: str, pointers: dict[str, str], sides: tuple[str, ...] = ("",), **more: int) -> AotCase:
+def _case(
+    kernel: Any, dtype: str, pointers: dict[str, str], sides: tuple[str, ...] = ("",), **more: int
+) -> AotCase:
     """Contiguous rows of 768 columns."""
     for side in sides:
         pointers = {f"g{side}": dtype, **{f"{name}{side}": "i64" for name in _LIST}, **pointers}
@@ -247,7 +263,10 @@ def _case(kernel: Any, dtype: str, pointers: dict[str, str], sides: tuple[str, .
 
 
 AOT: Final = (
-    *(_case(square_kernel, t, {"parts": "fp64" if t == "fp64" else "fp32"}) for t in ("fp32", "bf16", "fp64")),
+    *(
+        _case(square_kernel, t, {"parts": "fp64" if t == "fp64" else "fp32"})
+        for t in ("fp32", "bf16", "fp64")
+    ),
     *(
         _case(pair_kernel, t, {"parts": "fp64" if t == "fp64" else "fp32"}, ("1", "2"), POSITIONS=_POSITIONS)
         for t in ("fp32", "bf16", "fp64")

@@ -28,7 +28,9 @@ _PARTS: Final = 32  # of the positions of a sample, at most
 
 
 @triton.jit
-def line_sum(x, x_line, x_at, length, count, shift, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def line_sum(
+    x, x_line, x_at, length, count, shift, SQUARED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
     """The sum over `count` elements of lines laid end to end of y = x - shift, or of y^2."""
     acc = tl.zeros((BLOCK,), dtype=ACC)
     for start in range(0, count, BLOCK):
