@@ -17,6 +17,27 @@ def _linear_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
     return a, randn(3, 5, 4, dtype=dtype, seed=1, device=device), True, 0
 
 
+# A kernel of 3 x 2, stride (2, 1), padding (1, 1), dilation (1, 2), in two dimensions.
+_WINDOW: Final = [1, 3, 2, 1, 2, 1, 0, 1, 1, 1, 1, 2]
+
+
+def _maps(batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    a = randn(batch, 4, 1, 6, 5, dtype=dtype, seed=seed, device=device)
+    return a, randn(batch, 6, 1, 3, 5, dtype=dtype, seed=seed + 1, device=device)
+
+
+def _conv_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), _WINDOW, 2, True, 0
+
+
+def _conv_dots(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), *_maps(2, dtype, device, 2), _WINDOW, 2, True, False
+
+
+def _conv_grads(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), None, _WINDOW, 2, True
+
+
 def _tensors(dtype: torch.dtype, device: str) -> list[Tensor]:
     shapes = ((5, 3), (7,), (5, 3), (7,))
     return [randn(*shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
@@ -52,6 +73,9 @@ def _linear_nll(dtype: torch.dtype, device: str) -> Arguments:
 
 SAMPLES: Final[dict[str, Maker]] = {
     "linear_sqnorms": _linear_sqnorms,
+    "conv_sqnorms": _conv_sqnorms,
+    "conv_dots": _conv_dots,
+    "conv_grads": _conv_grads,
     "gramian": _gramian,
     "combine": _combine,
     "project_conflict": _project_conflict,

@@ -2,6 +2,7 @@
 #pragma once
 #include "tile/dense.h"
 #include "tile/influence.h"
+#include "tile/per_sample/conv.h"
 #include "tile/per_sample/linear.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
@@ -19,6 +20,7 @@ struct Kernels {
   const char* isa;
   const DenseKernels& dense;
   const PerSampleLinearKernels& per_sample_linear;
+  const PerSampleConvKernels& per_sample_conv;
   const SurgeryKernels& surgery;
   const InfluenceKernels& influence;
   const TokenLossKernels& token_loss;
