@@ -16,7 +16,14 @@ def _fake_sqnorms(
 
 
 def _fake_dots(
-    a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, window: Sequence[int], groups: int, bias: bool, summed: bool
+    a1: Tensor,
+    g1: Tensor,
+    a2: Tensor,
+    g2: Tensor,
+    window: Sequence[int],
+    groups: int,
+    bias: bool,
+    summed: bool,
 ) -> Tensor:
     shape = a1.shape[:1] if summed else (a1.shape[0], a2.shape[0])
     return a1.new_empty(shape, dtype=accumulation_dtype(a1, g1))
@@ -39,7 +46,14 @@ def _triton_sqnorms(
 
 
 def _triton_dots(
-    a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, window: Sequence[int], groups: int, bias: bool, summed: bool
+    a1: Tensor,
+    g1: Tensor,
+    a2: Tensor,
+    g2: Tensor,
+    window: Sequence[int],
+    groups: int,
+    bias: bool,
+    summed: bool,
 ) -> Tensor:
     from unlearn_kernels.triton_kernels.per_sample import conv as kernels
 

@@ -35,7 +35,9 @@ def _sizes(name: str, value: Sizes, dimensions: int, least: int) -> tuple[int, .
     return sizes
 
 
-def _padding(padding: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple:
+def _padding(
+    padding: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple:
     """Padding on both sides together, and before the first element."""
     if not isinstance(padding, str):
         before = _sizes("padding", padding, len(kernel), 0)
@@ -71,7 +73,9 @@ def window_of(
     fields = zip(A.shape[2:], both, spread, kernel, step, strict=True)
     out = tuple((size + pad - d * (k - 1) - 1) // s + 1 for size, pad, d, k, s in fields)
     if any(size < 0 for size in out):
-        raise ValueError(f"kernel_size {kernel} reaches beyond the padded input, whose shape is {tuple(A.shape)}")
+        raise ValueError(
+            f"kernel_size {kernel} reaches beyond the padded input, whose shape is {tuple(A.shape)}"
+        )
     ones, zeros = (1,) * (_MOST_DIMENSIONS - n), (0,) * (_MOST_DIMENSIONS - n)
     return Window(ones + kernel, ones + step, zeros + before, ones + spread, groups), out
 

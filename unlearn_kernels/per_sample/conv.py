@@ -30,8 +30,9 @@ from unlearn_kernels.per_sample.linear import Choice, Method
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 _CODES: Final = {"direct": 0, "gram": 1, "rank1": 2, "auto": 3}
-# Multiply-adds that packing one element of a panel of positions costs as much as.
+# Multiply-adds that packing one element costs as much as: of a panel of positions, and where the kernel is a point.
 _PATCH_COST: Final = 24
+_POINT_COST: Final = 1
 _PROJECTED_BYTES: Final = 16 << 20
 
 
@@ -69,7 +70,8 @@ def _choice(call: _Call) -> Choice:
     kernel = call.window.kernel[0] * call.window.kernel[1] * call.window.kernel[2]
     d, p = call.a.shape[1] // groups * kernel, call.g.shape[1] // groups
     direct = float(groups * positions * d * p)
-    gram = groups * positions * ((positions + 16) / 2 + _PATCH_COST) * (d + p)
+    packing = _POINT_COST if kernel == 1 else _PATCH_COST
+    gram = groups * positions * ((positions + 16) / 2 + packing) * (d + p)
     return Choice("rank1" if positions == 1 else "gram" if gram < direct else "direct", direct, gram)
 
 
@@ -322,7 +324,9 @@ def project(
     out = A.new_empty(A.shape[0], k, dtype=dtype)
     for start in range(0, A.shape[0], chunk):
         part = call._replace(a=call.a[start : start + chunk], g=call.g[start : start + chunk])
-        out[start : start + chunk] = _project_gradients(_gradients(part, None, bias, backend), projection, backend)
+        out[start : start + chunk] = _project_gradients(
+            _gradients(part, None, bias, backend), projection, backend
+        )
     return out
 
 

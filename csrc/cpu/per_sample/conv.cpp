@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> conv_grads(const Tensor& a, const Tensor& g, std::opt
                     : torch::stable::new_empty(a, {B, O, C, k[0], k[1], k[2]}, result_type(a));
   Tensor offset = w ? torch::stable::new_empty(a, {bias_size}, result_type(a))
                     : torch::stable::new_empty(a, {B, bias_size}, result_type(a));
-  const ConvGrads p{layer, batch, w ? w->const_data_ptr() : nullptr, weight.mutable_data_ptr(),
+  const ConvGrads p{layer, batch, w.has_value(), w ? w->const_data_ptr() : nullptr, weight.mutable_data_ptr(),
                     offset.mutable_data_ptr()};
   kernels().per_sample_conv.conv_grads(p, pool_for(flops(layer, batch)));
   return {weight, offset};

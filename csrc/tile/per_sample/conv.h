@@ -57,7 +57,8 @@ struct ConvDots {
 struct ConvGrads {
   ConvLayer layer;
   ConvBatch batch;
-  const void* weights;  // (batch,) of the result's type, or null
+  bool summed;
+  const void* weights;  // when summed, (batch,) of the result's type
   void* weight_grad;    // (batch or 1, out_channels, in_channels / groups, kernel)
   void* bias_grad;      // (batch or 1, out_channels)
 };

@@ -47,15 +47,20 @@ def conv_grads(
     return torch.tensordot(w, weight, 1), w @ offset
 
 
-def conv_sqnorms(
-    a: Tensor, g: Tensor, window: Sequence[int], groups: int, bias: bool, method: int
-) -> Tensor:
+def conv_sqnorms(a: Tensor, g: Tensor, window: Sequence[int], groups: int, bias: bool, method: int) -> Tensor:
     """`|W_i|^2`, (B,); every method has the same value."""
     return sum(x.square().flatten(1).sum(1) for x in conv_grads(a, g, None, window, groups, bias))
 
 
 def conv_dots(
-    a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, window: Sequence[int], groups: int, bias: bool, summed: bool
+    a1: Tensor,
+    g1: Tensor,
+    a2: Tensor,
+    g2: Tensor,
+    window: Sequence[int],
+    groups: int,
+    bias: bool,
+    summed: bool,
 ) -> Tensor:
     """`<W_i, W'_j>`, (B1, B2), or with `sum_j W'_j`, (B1,)."""
     first, second = (
