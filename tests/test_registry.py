@@ -56,6 +56,9 @@ RAW = {
 # The arguments whose first dimension is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
+    "conv_sqnorms": (0, 1),
+    "conv_dots": (0, 1),
+    "conv_grads": (0, 1),
     "gramian": (0,),
     "combine_": (0, 1),
     "project_conflict_": (0, 1),

@@ -1,5 +1,6 @@
 """The public functions around convolutions: errors, compilation, memory, instruction sets, peers."""
 
+import json
 import os
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def test_norms_are_those_of_opacus(name: str) -> None:
 
 
 MEASURE = """
+import json
 import torch
 from unlearn_kernels.per_sample import conv
 
@@ -159,7 +161,7 @@ for name, call in calls.items():
     before = status("VmRSS")
     call(*inputs)
     worst[name] = status("VmHWM") - before
-print(worst)
+print(json.dumps(worst))
 """
 
 
@@ -168,7 +170,7 @@ def test_scratch() -> None:
     """Two threads: 0.6 MB each; for pairs of 16 another 4 MB each. Unfolded, the inputs take 38 MB."""
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    kilobytes = eval(run.stdout)
+    kilobytes = json.loads(run.stdout)
     assert max(kilobytes[name] for name in ("direct", "gram")) <= 1400, kilobytes
     assert kilobytes["weighted"] <= 1400, kilobytes
     assert kilobytes["summed"] <= 2500, kilobytes

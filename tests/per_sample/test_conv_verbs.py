@@ -62,21 +62,13 @@ def test_dots_with_itself_holds_the_norms() -> None:
 
 def test_dots_of_different_spatial_sizes_and_layouts() -> None:
     arguments = {"kernel_size": 3, "padding": 1, "groups": 2}
-    a1, g1, a2, g2 = (
-        randn(2, 4, 9, 8),
-        randn(2, 6, 9, 8, seed=1),
-        randn(3, 4, 5, 20, seed=2),
-        randn(3, 6, 5, 20, seed=3),
-    )
-    exact = conv.dots(*(x.double() for x in (a1, g1, a2, g2)), backend="reference", **arguments)
-    for change in (lambda x: x, channels_last):
-        for dots in (
-            conv.dots(change(a1), g1, a2, g2, **arguments),
-            conv.dots(a1, g1, change(a2), change(g2), **arguments),
-        ):
-            torch.testing.assert_close(dots.double(), exact, rtol=1e-4, atol=1e-3)
-    both = conv.dots(*map(channels_last, (a1, g1, a2, g2)), **arguments)
-    torch.testing.assert_close(both.double(), exact, rtol=1e-4, atol=1e-3)
+    first = randn(2, 4, 9, 8), randn(2, 6, 9, 8, seed=1)
+    second = randn(3, 4, 5, 20, seed=2), randn(3, 6, 5, 20, seed=3)
+    doubled = (x.double() for x in (*first, *second))
+    exact = conv.dots(*doubled, backend="reference", **arguments)
+    last, last_too = tuple(map(channels_last, first)), tuple(map(channels_last, second))
+    for x, y in ((first, second), (last, second), (first, last_too), (last, last_too)):
+        torch.testing.assert_close(conv.dots(*x, *y, **arguments).double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_dots_of_more_gradients_than_tiles_have_room_for() -> None:
@@ -170,12 +162,10 @@ def test_same_bits_at_every_thread_count(name: str) -> None:
     first, second, w = spec.pair(5), spec.pair(3, seed=5), randn(5, seed=9)
 
     def everything() -> Tensor:
-        dots = (conv.dots(*first, *second, bias=True, summed=s, **spec.arguments) for s in (False, True))
-        found = (
-            *conv.grads(*first, bias=True, **spec.arguments),
-            *conv.weighted_sum(*first, w, bias=True, **spec.arguments),
-        )
-        return torch.cat([x.flatten() for x in (*dots, *found)])
+        found = [conv.dots(*first, *second, bias=True, summed=s, **spec.arguments) for s in (False, True)]
+        found += conv.grads(*first, bias=True, **spec.arguments)
+        found += conv.weighted_sum(*first, w, bias=True, **spec.arguments)
+        return torch.cat([x.flatten() for x in found])
 
     results = at_threads((1, 2, 4, 3), everything)
     assert all(torch.equal(results[0], other) for other in results)

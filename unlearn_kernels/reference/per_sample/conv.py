@@ -49,7 +49,8 @@ def conv_grads(
 
 def conv_sqnorms(a: Tensor, g: Tensor, window: Sequence[int], groups: int, bias: bool, method: int) -> Tensor:
     """`|W_i|^2`, (B,); every method has the same value."""
-    return sum(x.square().flatten(1).sum(1) for x in conv_grads(a, g, None, window, groups, bias))
+    weight, offset = conv_grads(a, g, None, window, groups, bias)
+    return weight.square().flatten(1).sum(1) + offset.square().sum(1)
 
 
 def conv_dots(
