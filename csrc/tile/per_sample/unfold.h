@@ -33,6 +33,15 @@ struct Unfold {
   static constexpr int64_t kStage =
       int64_t(Block<T>::kCols > Block<T>::kRows ? Block<T>::kCols : Block<T>::kRows) * Block<T>::kDepth;
 
+  template <class P>
+  int64_t rows_in_place(int64_t outers, int64_t depth) const {
+    return is_matrix() ? Dense{matrix()}.rows_in_place<P>(outers, depth) : 0;
+  }
+  template <class P>
+  RowsInPlace<P> rows(int64_t outer, int64_t k, int64_t depth) const {
+    return Dense{matrix()}.rows<P>(outer, k, depth);
+  }
+
   // Columns as the outer dimension, positions as the reduction: what the gradient sums over.
   template <class P, int kStrip>
   void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
@@ -84,7 +93,7 @@ struct Unfold {
   Column locate(int64_t channel, int64_t at) const {
     const auto shift = [&](int d, int64_t i) { return i * window.dilation[d] - window.padding[d]; };
     const int64_t wide = window.kernel[2], tall = window.kernel[1], step = window.stride[2];
-    Column c{channel * channel_stride, shift(0, at / wide / tall), shift(1, at / wide % tall), shift(2, at % wide)};
+    Column c{channel * channel_stride, shift(0, at / wide / tall), shift(1, at / wide % tall), shift(2, at % wide), 0, 0};
     c.begin = c.x < 0 ? (-c.x + step - 1) / step : 0;
     c.end = c.x < sizes[2] ? (sizes[2] - c.x + step - 1) / step : 0;
     return c;
@@ -190,6 +199,15 @@ template <class Source>
 struct Scaled {
   const Source& source;
   double scale;
+
+  template <class P>
+  int64_t rows_in_place(int64_t outers, int64_t depth) const {
+    return scale == 1 ? source.template rows_in_place<P>(outers, depth) : 0;
+  }
+  template <class P>
+  auto rows(int64_t outer, int64_t k, int64_t depth) const {
+    return source.template rows<P>(outer, k, depth);
+  }
 
   template <class P, int kStrip>
   void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
