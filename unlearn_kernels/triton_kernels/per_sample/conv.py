@@ -112,18 +112,22 @@ def conv_gradients_kernel(
     task = program(0)
     first, group, tile = task // tiles // groups, task // tiles % groups, task % tiles
     rows, cols = span(tile // col_tiles * ROWS, ROWS), span(tile % col_tiles * COLS, COLS)
-    total = tl.zeros((ROWS, COLS), dtype=ACC)
-    terms = batch if SUMMED else 1
-    for term in range(0, terms):
-        sample = first + term
-        acc = add_window_product(
-            tl.zeros((ROWS, COLS), dtype=ACC), a + sample * a_b + group * a_group,
-            g + sample * g_b + group * outputs * g_c, positions, columns, count, rows, outputs, cols, inputs,
-            deep, high, wide, g_c, DEPTH, DOT,
+    zeros = tl.zeros((ROWS, COLS), dtype=ACC)
+    a += group * a_group
+    g += group * outputs * g_c
+    if SUMMED:
+        total = zeros
+        for sample in range(0, batch):
+            acc = add_window_product(
+                zeros, a + sample * a_b, g + sample * g_b, positions, columns, count, rows, outputs, cols,
+                inputs, deep, high, wide, g_c, DEPTH, DOT,
+            )  # fmt: skip
+            total += acc * tl.load(w + sample).to(ACC)
+    else:
+        total = add_window_product(
+            zeros, a + first * a_b, g + first * g_b, positions, columns, count, rows, outputs, cols,
+            inputs, deep, high, wide, g_c, DEPTH, DOT,
         )  # fmt: skip
-        if SUMMED:
-            acc *= tl.load(w + sample).to(ACC)
-        total += acc
     at = out + ((first * groups + group) * outputs + rows[:, None]) * inputs + cols[None, :]
     store_as(at, total, (rows < outputs)[:, None] & (cols < inputs)[None, :])
 
