@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def("norm_sqnorms(Tensor x, Tensor g, int kind, int groups, float eps, bool bias) -> Tensor");
   m.def("norm_grads(Tensor x, Tensor g, int kind, int groups, float eps, bool bias) -> Tensor");
 
+  // Maps (B, C, D, H, W); window: kernel, stride, padding and dilation, 3 numbers each; method as of linear_sqnorms
+  m.def("conv_sqnorms(Tensor a, Tensor g, int[] window, int groups, bool bias, int method) -> Tensor");
+  m.def(
+      "conv_dots(Tensor a1, Tensor g1, Tensor a2, Tensor g2, int[] window, int groups, bool bias, bool summed) "
+      "-> Tensor");
+  // With w (B,) the weighted sum of the gradients. Returns those of weight and bias.
+  m.def("conv_grads(Tensor a, Tensor g, Tensor? w, int[] window, int groups, bool bias) -> (Tensor, Tensor)");
+
   // Tensors of set 0 first, then those of set 1, and so on.
   m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
   m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");

@@ -2,6 +2,7 @@
 #pragma once
 #include "tile/dense.h"
 #include "tile/influence.h"
+#include "tile/per_sample/conv.h"
 #include "tile/per_sample/embedding.h"
 #include "tile/per_sample/linear.h"
 #include "tile/per_sample/linear_dots.h"
@@ -29,6 +30,7 @@ namespace uk {
   X(__VA_ARGS__, LinearProject, linear_project)          \
   X(__VA_ARGS__, PerSampleEmbedding, per_sample_embedding) \
   X(__VA_ARGS__, PerSampleNorm, per_sample_norm)         \
+  X(__VA_ARGS__, PerSampleConv, per_sample_conv)         \
   X(__VA_ARGS__, Surgery, surgery)                       \
   X(__VA_ARGS__, Influence, influence)                   \
   X(__VA_ARGS__, TokenLoss, token_loss)
