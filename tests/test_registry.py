@@ -39,10 +39,16 @@ def linear_nll_backward() -> Arguments:
     return randn(len(h), seed=3), h, weight, bias, labels, lse, ignore_index, True, True
 
 
+def linear_nll_sweep() -> Arguments:
+    arguments = sample("linear_nll")
+    return randn(len(arguments[0]), seed=3), *arguments, True
+
+
 # Raw operators that a public one is made of: the others take its sample.
 PARTS = {
     "linear_nll_forward": partial(sample, "linear_nll"),
     "linear_nll_backward": linear_nll_backward,
+    "linear_nll_sweep": linear_nll_sweep,
 }
 WHOLE = {name: o.impls["cpp"].call for name, o in REGISTRY.items()}
 RAW = {
@@ -56,6 +62,19 @@ RAW = {
 # The arguments whose first dimension is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
+    "linear_dots": (0, 1),
+    "linear_weighted_sum": (0, 1, 2),
+    "linear_grads": (0, 1),
+    "linear_two_sided": (0, 1),
+    "linear_sketch": (0, 1),
+    "embedding_sqnorms": (0, 1),
+    "embedding_dots": (0, 1, 2, 3),
+    "embedding_weighted_sum": (0, 1, 2),
+    "norm_sqnorms": (0, 1),
+    "norm_grads": (0, 1),
+    "conv_sqnorms": (0, 1),
+    "conv_dots": (0, 1),
+    "conv_grads": (0, 1),
     "gramian": (0,),
     "combine_": (0, 1),
     "project_conflict_": (0, 1),
@@ -63,6 +82,7 @@ EMPTIED = {
     "topk": (0,),
     "linear_nll_forward": (0, 3),
     "linear_nll_backward": (0, 1, 4, 5),
+    "linear_nll_sweep": (0, 1, 4),
 }
 RAW_OPERATORS = pytest.mark.parametrize("name", RAW)
 

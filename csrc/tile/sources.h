@@ -3,7 +3,9 @@
 // that writes round_up(outers, kStrip) / kStrip strips, [strip][step][kStrip], zero where outer (or, for pairs,
 // the depth) runs out. One whose rows need no packing, or not all of them, also has
 //   template <class P> int64_t rows_in_place(int64_t outers, int64_t depth) const, how many; whole register tiles
-//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes.
+//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes
+// and may have
+//   template <class P> void prefetch(int64_t outer, int64_t k, int64_t depth) const, for a register tile of rows.
 namespace UK_ISA {
 
 // Dense memory of any input type in either orientation, widened while it is packed.
@@ -21,6 +23,14 @@ struct Dense {
   RowsInPlace<P> rows(int64_t outer, int64_t k, int64_t) const {
     const uk::Operand at = m.from(outer * m.outer_stride + k);
     return {static_cast<const P*>(at.data), m.outer_stride / PanelTraits<P>::kSteps};
+  }
+  template <class P>
+  void prefetch(int64_t outer, int64_t k, int64_t depth) const {
+    for (int64_t i = 0; i < Block<P>::kRows; ++i) {
+      const uk::Operand row = m.from((outer + i) * m.outer_stride + k);
+      for (int64_t byte = 0; byte < depth * uk::size_of(m.dtype); byte += 64)
+        __builtin_prefetch(static_cast<const char*>(row.data) + byte, 0, 2);
+    }
   }
 
   template <class P, int kStrip>
@@ -45,14 +55,18 @@ struct Dense {
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth) {
       const int lanes = int(outers - o < kStrip ? outers - o : kStrip);
       const S* from = data + o * at.outer_stride;
-      if (lanes < kStrip)
+      if (lanes < kStrip) {
         gather<T, kStrip>(from, at, out, lanes, depth);
-      else if (at.depth_stride == 1)
+      } else if (at.depth_stride == 1) {
         transpose<T, kStrip>(from, at, out, depth);
-      else if (at.outer_stride == 1)
-        copy<T, kStrip>(from, at, out, depth);
-      else
+      } else if (at.outer_stride == 1) {
+        const int64_t whole = (outers - o) / kStrip, count = whole < kTogether ? whole : kTogether;
+        copy<T, kStrip>(from, at, out, count, depth);
+        o += (count - 1) * kStrip;
+        out += (count - 1) * kStrip * depth;
+      } else {
         gather<T, kStrip>(from, at, out, lanes, depth);
+      }
     }
   }
 
@@ -83,18 +97,24 @@ struct Dense {
       for (int i = 0; i < kStrip; ++i) out[i] = i < lanes ? T(widen(from[i * at.outer_stride])) : T(0);
   }
 
+  // Some strips side by side: rows of the memory are read by whole cache lines, whatever their distance.
+  static constexpr int64_t kTogether = 8;
   template <class T, int kStrip, class S>
-  static void copy(const S* from, const uk::Operand& at, T* out, int64_t depth) {
+  static void copy(const S* from, const uk::Operand& at, T* out, int64_t strips, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip)
+      for (int64_t n = 0; n < strips; ++n) copy_lanes<kStrip>(from + n * kStrip, out + n * kStrip * depth);
+  }
+
+  template <int kStrip, class T, class S>
+  static void copy_lanes(const S* from, T* out) {
     constexpr int W = kLanes<T>;
-    for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip) {
-      if constexpr (std::is_same_v<S, T>) {
-        std::memcpy(out, from, kStrip * sizeof(T));
-      } else {
-        int i = 0;
-        if constexpr (std::is_same_v<Wide<S>, T>)
-          for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
-        for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
-      }
+    if constexpr (std::is_same_v<S, T>) {
+      std::memcpy(out, from, kStrip * sizeof(T));
+    } else {
+      int i = 0;
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
+      for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
     }
   }
 
@@ -143,6 +163,9 @@ struct Dense {
 // Random signs (see philox.h), made while they are packed: outer is the row, depth the coordinate.
 struct PhiloxSigns {
   uint64_t seed;
+  const int64_t* blocks = nullptr;  // where a block of the depth lies; null: where it is
+
+  int64_t block(int64_t n) const { return blocks == nullptr ? n : blocks[n]; }
 
   template <class T, int kStrip>
   void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
@@ -150,7 +173,7 @@ struct PhiloxSigns {
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
       for (int64_t step = 0; step < depth;) {
         const int64_t block = (k + step) / kSignBlock;
-        sign_words(seed, outer + o, kStrip, block, words[0], words[1]);
+        sign_words(seed, outer + o, kStrip, this->block(block), words[0], words[1]);
         for (int64_t bit = k + step - block * kSignBlock; bit < kSignBlock && step < depth; ++bit, ++step)
           for (int i = 0; i < kStrip; ++i) {
             const T sign = words[bit / 64][i] >> (bit % 64) & 1 ? T(1) : T(-1);

@@ -88,11 +88,13 @@ def check(
         loss(model, batch).backward()
         by = gradients.sqnorms("parameter")
         for name, g in exact.items():
-            assert relative_error(by[name], g.flatten(1).square().sum(1)) < allowed, name
+            # Relative to the whole: a key's bias has no gradient but rounding errors.
+            error = (by[name] - g.flatten(1).square().sum(1)).abs() / sqnorms(exact)
+            assert float(error.max()) < allowed, name
         assert relative_error(gradients.clip_(max_norm), sqnorms(exact).sqrt()) < allowed
     for name, p in model.named_parameters():
         if name in exact and p.grad is not None:
-            assert relative_error(p.grad, expected[name]) < allowed, name
+            assert float((p.grad - expected[name]).norm()) < allowed * max_norm * B, name
     model.zero_grad()
     return gradients.layers
 
@@ -140,7 +142,8 @@ def test_the_loss_of_the_model_itself_is_a_mean():
     exact = looped(model, one_by_one(batch), lambda m, one: m(**one).loss)
     with PerSampleGradients(model) as gradients:
         model(**batch).loss.backward()
-        assert relative_error(gradients.sqnorms(), sqnorms(exact)) < EXACT
+        # The model's own loss rounds its logits to float32.
+        assert relative_error(gradients.sqnorms(), sqnorms(exact)) < ROUNDED
 
 
 def test_vision_transformer():

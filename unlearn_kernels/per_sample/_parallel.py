@@ -24,6 +24,9 @@ class Parallel:
         parameters: what is followed.
     """
 
+    # Names of parameters of which the process has a part, and samples' gradients a part.
+    parts: frozenset[str] = frozenset()
+
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
 
@@ -139,7 +142,7 @@ class TensorParallel(Parallel):
     ) -> None:
         super().__init__(model, parameters)
         self.group = group
-        self.parts = {name for name, p in parameters.items() if _is_part(p)}
+        self.parts = frozenset(name for name, p in parameters.items() if _is_part(p))
 
     def summed(self, table: Tensor, names: Sequence[str]) -> Tensor:
         split = torch.tensor([name in self.parts for name in names], device=table.device)

@@ -1,6 +1,6 @@
 """Which modules of a model to follow, and which parameters of it are theirs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import nn
@@ -33,9 +33,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def survey(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], fallback: Fallback
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], fallback: Fallback, parts: Collection[str]
 ) -> tuple[list[Followed], list[str]]:
-    """Every module with followed parameters as a layer, and a sentence for each that cannot be one."""
+    """Every module with followed parameters as a layer, and a sentence for each that cannot be one. Of the parameters
+    in `parts` the process has a part only."""
     names = {id(p): name for name, p in parameters.items()}
     found: list[Followed] = []
     left: list[tuple[str, nn.Module, dict[str, str], str]] = []
@@ -55,6 +56,10 @@ def survey(
         else:
             found.append(Followed(maker(path, module, frozenset(mine)), mine))
     problems = _leftovers(found, left, parameters, fallback)
+    for layer, mine in found:
+        reason = layer.localise() if any(name in parts for name in mine.values()) else None
+        if reason is not None:
+            problems.append(f"{layer.path} ({type(layer.module).__name__}): {reason}")
     return found, problems
 
 

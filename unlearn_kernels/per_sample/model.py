@@ -83,11 +83,11 @@ class PerSampleGradients:
         self.parameters = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("model has no trainable parameters")
-        followed, problems = survey(self.inner, self.parameters, fallback)
+        self.parallel = parallel_of(model, self.parameters, tensor_parallel)
+        followed, problems = survey(self.inner, self.parameters, fallback, self.parallel.parts)
         if problems:
             raise ValueError(_refusal(problems))
         self.layers = {one.layer.path: one.layer.kind for one in followed}
-        self.parallel = parallel_of(model, self.parameters, tensor_parallel)
         self.backward_grads = backward_grads
         self._recorder = Recorder(
             self.inner,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unlearn_kernels.influence import Projection
+from unlearn_kernels.per_sample import conv
 from unlearn_kernels.per_sample._types import TwoSided
-from unlearn_kernels.per_sample.modules._standin import conv
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer, only
 from unlearn_kernels.per_sample.modules.linear import bias_use
 from unlearn_kernels.per_sample.modules.use import Use
@@ -46,7 +46,7 @@ class ConvUse(Use):
     def dots(self, other: Use, summed: bool) -> Tensor:
         if not isinstance(other, ConvUse) or other.shape != self.shape:
             return super().dots(other, summed)
-        return conv.dots((self.A, self.G), (other.A, other.G), summed=summed, **self.shape)
+        return conv.dots(self.A, self.G, other.A, other.G, summed=summed, **self.shape)
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -60,18 +60,13 @@ class ConvLayer(Layer):
 
     def __init__(self, path: str, module: _Conv, wanted: frozenset[str]) -> None:
         super().__init__(path, module, wanted)
-        # The order is last dimension first, both sides of each: what F.pad takes.
-        reversed_padding = list(module._reversed_padding_repeated_twice)
-        left, right = reversed_padding[0::2], reversed_padding[1::2]
-        self.pad: list[int] | None = None
-        padding = tuple(reversed(left))
-        if module.padding_mode != "zeros" or left != right:
-            self.pad, padding = reversed_padding, (0,) * len(left)
-        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.mode = module.padding_mode
+        # Zeros are the kernel's own; whatever else surrounds the input is put there.
+        self.pad = None if self.mode == "zeros" else list(module._reversed_padding_repeated_twice)
         self.shape: dict[str, Any] = {
             "kernel_size": module.kernel_size,
             "stride": module.stride,
-            "padding": padding,
+            "padding": module.padding if self.pad is None else 0,
             "dilation": module.dilation,
             "groups": module.groups,
         }

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_kernels.influence import Projection
+from unlearn_kernels.per_sample import embedding
 from unlearn_kernels.per_sample._types import TwoSided
-from unlearn_kernels.per_sample.modules._standin import embedding
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer, only
 from unlearn_kernels.per_sample.modules.linear import LinearUse, flat
 from unlearn_kernels.per_sample.modules.use import Use, widened
@@ -58,8 +58,10 @@ class EmbeddingUse(Use):
     def dots(self, other: Use, summed: bool) -> Tensor:
         if isinstance(other, EmbeddingUse) and other.padding_idx == self.padding_idx:
             return embedding.dots(
-                (self.ids, self.G),
-                (other.ids, other.G),
+                self.ids,
+                self.G,
+                other.ids,
+                other.G,
                 num_embeddings=self.num_embeddings,
                 padding_idx=self.padding_idx,
                 summed=summed,

@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer
 from unlearn_kernels.per_sample.modules.use import Dense, Use, widened
 
-
 _TENSOR: Final = object()
 
 

@@ -42,6 +42,10 @@ class Layer(ABC):
     def check(self, kept: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: B027 (most have nothing to check)
         """Raises a `ValueError` for shapes, samples first, that the layer does not understand."""
 
+    def localise(self) -> str | None:
+        """Takes its tensors to be a process's part of them, or says why that cannot be."""
+        return "only linear layers can be spread over processes"
+
     @abstractmethod
     def uses(self, kept: Kept, grads: tuple[Tensor | None, ...]) -> dict[str, Use]:
         """The per-sample gradients of each wanted parameter, from what was kept and the outputs' gradients."""

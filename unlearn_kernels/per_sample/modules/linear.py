@@ -1,11 +1,13 @@
 """Linear layers, with the weight as (p, d), and HF `Conv1D`, with (d, p)."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearn_kernels.influence import Projection
+from unlearn_kernels.per_sample import linear
 from unlearn_kernels.per_sample._types import TwoSided
-from unlearn_kernels.per_sample.modules._standin import linear
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer, only
 from unlearn_kernels.per_sample.modules.use import Dense, Use, widened
 
@@ -47,7 +49,7 @@ class LinearUse(Use):
     def dots(self, other: Use, summed: bool) -> Tensor:
         if not isinstance(other, LinearUse):
             return super().dots(other, summed)
-        return linear.dots((self.A, self.G), (other.A, other.G), summed=summed)
+        return linear.dots(self.A, self.G, other.A, other.G, summed=summed)
 
 
 def bias_use(G: Tensor, features: int = -1) -> Dense:
@@ -70,12 +72,19 @@ class LinearLayer(Layer):
     kind = "linear"
     transposed = False
 
+    def __init__(self, path: str, module: nn.Module, wanted: frozenset[str]) -> None:
+        super().__init__(path, module, wanted)
+        assert isinstance(module.weight, Tensor)
+        self.shape = tuple(module.weight.shape)
+
+    def localise(self) -> str | None:
+        weight: Any = self.module.weight
+        self.shape = tuple(getattr(weight, "_local_tensor", weight).shape)
+        return None
+
     def check(self, kept: tuple[Tensor, ...], output: Tensor) -> None:
         (A,) = kept
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        shape = tuple(getattr(weight, "_local_tensor", weight).shape)
-        p, d = reversed(shape) if self.transposed else shape
+        p, d = reversed(self.shape) if self.transposed else self.shape
         if A.shape[-1] != d or output.shape[-1] != p:
             shapes = f"inputs {tuple(A.shape)} and outputs {tuple(output.shape)}"
             raise ValueError(f"{self.path}: a weight from {d} to {p} features does not go with {shapes}")

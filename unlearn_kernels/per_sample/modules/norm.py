@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unlearn_kernels.per_sample.modules._standin import norm
+from unlearn_kernels.per_sample import norm
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer, only
 from unlearn_kernels.per_sample.modules.use import Dense, Use
 
@@ -29,4 +29,4 @@ class NormLayer(Layer):
     def uses(self, kept: Kept, grads: tuple[Tensor | None, ...]) -> dict[str, Use]:
         found = norm.grads(kept.tensors[0], only(grads), bias="bias" in self.wanted, **self.shape)
         values = {"weight": found.weight, "bias": found.bias}
-        return {name: Dense(value) for name, value in values.items() if name in self.wanted}
+        return {name: Dense(x) for name, x in values.items() if x is not None and name in self.wanted}
