@@ -158,6 +158,17 @@ def test_what_mixes_samples():
             PerSampleGradients(nn.Sequential(embedding))
 
 
+def test_parameters_frozen_or_freed_later():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    gradients = PerSampleGradients(model)
+    model[1].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1\.bias was frozen or set free"), gradients:
+        pass
+    assert model[0].weight.requires_grad
+    with pytest.raises(ValueError, match="model is in DataParallel"):
+        PerSampleGradients(nn.DataParallel(model))
+
+
 def test_arguments_are_checked():
     model = nn.Sequential(nn.Linear(2, 2))
     for name in ("loss_reduction", "keep", "fallback"):

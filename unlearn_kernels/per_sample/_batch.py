@@ -10,7 +10,7 @@ from torch import Tensor
 from unlearn_kernels.influence import Projection
 from unlearn_kernels.per_sample._parallel import Parallel
 from unlearn_kernels.per_sample._types import TwoSided
-from unlearn_kernels.per_sample.modules.use import Use, combined
+from unlearn_kernels.per_sample.modules.use import Use, combined, dots
 
 By: TypeAlias = Literal["sample", "parameter"]
 Projections: TypeAlias = Mapping[str, Projection | TwoSided] | Projection
@@ -89,13 +89,15 @@ class Batch:
         names = [name for name in mine if name in theirs]
         if not names:
             raise ValueError("other has no parameter in common with this batch")
-        table = torch.stack([mine[name].dots(theirs[name], summed).double() for name in names])
+        table = torch.stack([dots(mine[name], theirs[name], summed).double() for name in names])
         return self.parallel.summed(table * (self.scale * other.scale), names).to(self._dtype(mine))
 
     def grads(self) -> dict[str, Tensor]:
+        self._whole("grads")
         return {name: use.grads() * self.scale for name, use in self.uses().items()}
 
     def project(self, projection: Projections) -> Tensor | dict[str, Tensor]:
+        self._whole("project")
         uses = self.uses()
         if isinstance(projection, Projection):
             return self._project_whole(uses, projection)
@@ -103,6 +105,12 @@ class Batch:
         if unknown:
             raise ValueError(f"projection names no followed parameter: {', '.join(unknown)}")
         return {name: uses[name].project(p) * self.scale for name, p in projection.items() if name in uses}
+
+    def _whole(self, verb: str) -> None:
+        if self.parallel.parts:
+            raise ValueError(
+                f"{verb} does not go with tensor_parallel: a process has a part of each gradient"
+            )
 
     def _project_whole(self, uses: Mapping[str, Use], projection: Projection) -> Tensor:
         """One sample's whole gradient at a time."""

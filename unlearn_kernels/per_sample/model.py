@@ -80,6 +80,7 @@ class PerSampleGradients:
         _one_of("keep", keep, ("factors", "norms"))
         _one_of("fallback", fallback, (None, "vmap"))
         self.model, self.inner = model, unwrapped(model)
+        _check_wrappers(model)
         self.parameters = {name: p for name, p in self.inner.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("model has no trainable parameters")
@@ -103,11 +104,7 @@ class PerSampleGradients:
     def __enter__(self) -> "PerSampleGradients":
         if self._leave is not None:
             raise RuntimeError("PerSampleGradients is already entered")
-        for path, module in self.inner.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(
-                    f"{path} ({type(module).__name__}) mixes the samples while it is in training mode"
-                )
+        self._check_unchanged()
         with ExitStack() as stack:
             if not self.backward_grads:
                 stack.enter_context(self.parallel.quiet())
@@ -126,6 +123,19 @@ class PerSampleGradients:
         leave, self._leave = self._leave, None
         if leave is not None:
             leave.close()
+
+    def _check_unchanged(self) -> None:
+        for path, module in self.inner.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(
+                    f"{path} ({type(module).__name__}) mixes the samples while it is in training mode"
+                )
+        trainable = {name for name, p in self.inner.named_parameters() if p.requires_grad}
+        changed = sorted(trainable ^ set(self.parameters))
+        if changed:
+            raise ValueError(
+                f"{changed[0]} was frozen or set free after PerSampleGradients was made: make another"
+            )
 
     def _require_grad(self, wanted: bool) -> None:
         for parameter in self.parameters.values():
@@ -230,6 +240,15 @@ class PerSampleGradients:
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__ in ("DataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"model is in {type(module).__name__}, which hides its parameters: "
+                "use DistributedDataParallel or fully_shard"
+            )
 
 
 def _layouts(layout: Mapping[str, Layout], layers: Mapping[str, str]) -> Mapping[str, Layout]:

@@ -43,9 +43,9 @@ class ConvUse(Use):
     def project(self, projection: Projection | TwoSided) -> Tensor:
         return conv.project(self.A, self.G, projection, **self.shape)
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         if not isinstance(other, ConvUse) or other.shape != self.shape:
-            return super().dots(other, summed)
+            return None
         return conv.dots(self.A, self.G, other.A, other.G, summed=summed, **self.shape)
 
 

@@ -55,7 +55,7 @@ class EmbeddingUse(Use):
         ids, G = torch.cat([self.ids, other.ids], dim=1), torch.cat([self.G, other.G], dim=1)
         return EmbeddingUse(ids, G, self.num_embeddings, self.padding_idx)
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         if isinstance(other, EmbeddingUse) and other.padding_idx == self.padding_idx:
             return embedding.dots(
                 self.ids,
@@ -70,12 +70,12 @@ class EmbeddingUse(Use):
             pairs = [[self._tied(i, other, j) for j in range(other.samples)] for i in range(self.samples)]
             table = torch.stack([torch.stack(row) for row in pairs])
             return table.sum(1) if summed else table
-        return super().dots(other, summed)
+        return None
 
-    def paired(self, other: Use) -> Tensor:
-        if isinstance(other, LinearUse):
-            return torch.stack([self._tied(i, other, i) for i in range(self.samples)])
-        return super().paired(other)
+    def known_pairs(self, other: Use) -> Tensor | None:
+        if not isinstance(other, LinearUse):
+            return None
+        return torch.stack([self._tied(i, other, i) for i in range(self.samples)])
 
     def _tied(self, i: int, head: LinearUse, j: int) -> Tensor:
         """`<E_i, H_j> = sum_{t,s} q_s[id_t] (g_t . h_s)`, with the head's inputs h and output gradients q."""

@@ -46,9 +46,9 @@ class LinearUse(Use):
             return None
         return LinearUse(torch.cat([self.A, other.A], dim=1), torch.cat([self.G, other.G], dim=1))
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         if not isinstance(other, LinearUse):
-            return super().dots(other, summed)
+            return None
         return linear.dots(self.A, self.G, other.A, other.G, summed=summed)
 
 

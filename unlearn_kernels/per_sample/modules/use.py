@@ -1,9 +1,8 @@
 """A parameter's per-sample gradients through one use of its module, in whatever form makes the verbs cheap."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,24 +44,45 @@ class Use(ABC):
         """One use whose gradients are the sums of both, sample by sample, or None."""
         return None
 
-    def dots(self, other: "Use", summed: bool) -> Tensor:
-        """Inner products with every sample of `other`, (B1, B2), or with their sum, (B1,). One row at a time."""
-        if summed:
-            ones = torch.ones(other.samples, device=self.device)
-            return torch.stack([_dot(row, other.weighted_sum(ones)) for row in self._each()])
-        return torch.stack([torch.stack([_dot(x, y) for y in other._each()]) for x in self._each()])
+    def known_dots(self, other: "Use", summed: bool) -> Tensor | None:
+        """Inner products as `dots` has them, if there is a way without gradients."""
+        return None
 
-    def paired(self, other: "Use") -> Tensor:
-        """Inner products of sample i with sample i of `other`, (B,). One sample's gradients in memory."""
-        return torch.stack([_dot(x, y) for x, y in zip(self._each(), other._each(), strict=True)])
+    def known_pairs(self, other: "Use") -> Tensor | None:
+        """Inner products as `pairs` has them, if there is a way without gradients."""
+        return None
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where its tensors are."""
 
-    def _each(self) -> "Any":
+    def each(self) -> Iterator[Tensor]:
+        """One sample's gradient after the other."""
         return (self.rows(slice(i, i + 1)).grads()[0] for i in range(self.samples))
+
+
+def dots(one: Use, other: Use, summed: bool) -> Tensor:
+    """Inner products of every sample of `one` with every sample of `other`, (B1, B2), or with their sum, (B1,)."""
+    found = one.known_dots(other, summed)
+    if found is not None:
+        return found
+    turned = other.known_dots(one, False)
+    if turned is not None:
+        return turned.sum(0) if summed else turned.T
+    if summed:
+        total = other.weighted_sum(torch.ones(other.samples, device=other.device))
+        return torch.stack([_dot(row, total) for row in one.each()])
+    return torch.stack([torch.stack([_dot(x, y) for y in other.each()]) for x in one.each()])
+
+
+def pairs(one: Use, other: Use) -> Tensor:
+    """Inner products of sample i of `one` with sample i of `other`, (B,). One sample's gradients in memory at most."""
+    for a, b in ((one, other), (other, one)):
+        found = a.known_pairs(b)
+        if found is not None:
+            return found
+    return torch.stack([_dot(x, y) for x, y in zip(one.each(), other.each(), strict=True)])
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -113,9 +133,9 @@ class Dense(Use):
     def joined(self, other: Use) -> Use | None:
         return Dense(self.values + other.values) if isinstance(other, Dense) else None
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         if not isinstance(other, Dense):
-            return super().dots(other, summed)
+            return None
         theirs = other.values.flatten(1).to(self.values.dtype)
         return self.values.flatten(1) @ (theirs.sum(0) if summed else theirs.T)
 
@@ -136,7 +156,7 @@ class Summed(Use):
 
     def sqnorms(self) -> Tensor:
         total = sum_of([part.sqnorms() for part in self.parts])
-        return total + 2 * sum_of([a.paired(b) for a, b in combinations(self.parts, 2)])
+        return total + 2 * sum_of([pairs(a, b) for a, b in combinations(self.parts, 2)])
 
     def grads(self) -> Tensor:
         return sum_of([part.grads() for part in self.parts])
@@ -150,9 +170,9 @@ class Summed(Use):
     def project(self, projection: Projection | TwoSided) -> Tensor:
         return sum_of([part.project(projection) for part in self.parts])
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         theirs = other.parts if isinstance(other, Summed) else [other]
-        return sum_of([a.dots(b, summed) for a in self.parts for b in theirs])
+        return sum_of([dots(a, b, summed) for a in self.parts for b in theirs])
 
 
 class NormsOnly(Use):
@@ -189,7 +209,7 @@ class NormsOnly(Use):
     def project(self, projection: Projection | TwoSided) -> Tensor:
         raise self._missing()
 
-    def dots(self, other: Use, summed: bool) -> Tensor:
+    def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         raise self._missing()
 
 
