@@ -9,6 +9,18 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   // method: 0 direct, 1 gram, 2 rank1, 3 gram that falls back to direct where it cancels
   m.def("linear_sqnorms(Tensor a, Tensor g, bool bias, int method) -> Tensor");
 
+  // method: 0 direct, 1 gram, 3 the cheaper. No upstream for ones; no lse to have it computed.
+  m.def(
+      "lm_head_sqnorms(Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, Tensor? bias, "
+      "int ignore_index, int method) -> Tensor");
+  m.def(
+      "lm_head_dots(Tensor h1, Tensor labels1, Tensor? upstream1, Tensor? lse1, Tensor h2, Tensor labels2, "
+      "Tensor? upstream2, Tensor? lse2, Tensor weight, Tensor? bias, int ignore_index, bool summed, int method) "
+      "-> Tensor");
+  m.def(
+      "lm_head_tied_dots(Tensor ids, Tensor g, Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, "
+      "Tensor? bias, int padding_idx, int ignore_index) -> Tensor");
+
   // Tensors of set 0 first, then those of set 1, and so on.
   m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
   m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");

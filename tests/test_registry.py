@@ -56,6 +56,9 @@ RAW = {
 # The arguments whose first dimension is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
+    "lm_head_sqnorms": (0, 1, 2),
+    "lm_head_dots": (0, 1, 2),
+    "lm_head_tied_dots": (0, 1, 2, 3, 4),
     "gramian": (0,),
     "combine_": (0, 1),
     "project_conflict_": (0, 1),

@@ -10,12 +10,13 @@
   namespace ISA {                                             \
   extern const uk::DenseKernels kDense;                       \
   extern const uk::PerSampleLinearKernels kPerSampleLinear;   \
+  extern const uk::PerSampleLmHeadKernels kPerSampleLmHead;   \
   extern const uk::SurgeryKernels kSurgery;                   \
   extern const uk::InfluenceKernels kInfluence;               \
   extern const uk::TokenLossKernels kTokenLoss;               \
   }
 #define UK_KERNELS_OF(name, ISA)                              \
-  {name, ISA::kDense, ISA::kPerSampleLinear, ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
+  {name, ISA::kDense, ISA::kPerSampleLinear, ISA::kPerSampleLmHead, ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
 
 UK_DECLARE(uk_baseline)
 UK_DECLARE(uk_avx2)

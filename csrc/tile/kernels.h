@@ -3,6 +3,7 @@
 #include "tile/dense.h"
 #include "tile/influence.h"
 #include "tile/per_sample/linear.h"
+#include "tile/per_sample/lm_head.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
 
@@ -19,6 +20,7 @@ struct Kernels {
   const char* isa;
   const DenseKernels& dense;
   const PerSampleLinearKernels& per_sample_linear;
+  const PerSampleLmHeadKernels& per_sample_lm_head;
   const SurgeryKernels& surgery;
   const InfluenceKernels& influence;
   const TokenLossKernels& token_loss;
