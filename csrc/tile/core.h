@@ -3,7 +3,7 @@
 // A tile C (rows x cols, row-major in cache) is accumulated over blocks of the reduction dimension:
 //   pack B (kc x cols) -> for each sub-block of rows: pack A (kc x kRowBlock) -> micro-kernels.
 // Panels are packed in strips, [strip][k][lane], zero-padded to whole strips, so the micro-kernel has
-// no edges. Each element of C is a sum of sums over blocks of k, in order, whatever the tile or thread: the
+// no edges. Rows of A that lie along the reduction are broadcast from where they are, without a panel. Each element of C is a sum of sums over blocks of k, in order, whatever the tile or thread: the
 // same bits, and rounding errors that grow with the length of a block instead of the whole reduction.
 namespace UK_ISA {
 
@@ -39,13 +39,37 @@ inline Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> c) {
 #endif
 }
 
+// The rows of a register tile where they lie in memory. A base for every five of them: multiples of the stride up
+// to 4 need no further registers.
+template <class P>
+struct RowsInPlace {
+  static constexpr int kBases = (Block<P>::kRows + 4) / 5;
+  const P* base[kBases];
+  int64_t stride;  // from row to row, in P
+
+  RowsInPlace(const P* at, int64_t stride) : stride(stride) {
+    for (int n = 0; n < kBases; ++n) base[n] = at + 5 * n * stride;
+  }
+  P operator[](int i) const { return base[i / 5][i % 5 * stride]; }
+};
+
+// To the next step of the reduction.
+template <class P>
+inline void next(const P*& packed) {
+  packed += Block<P>::kRows;
+}
+template <class P>
+inline void next(RowsInPlace<P>& rows) {
+  for (const P*& base : rows.base) ++base;
+}
+
 inline Vec<float> load_panel(const Bf16Pair* p) { return load(reinterpret_cast<const float*>(p)); }
 inline Vec<float> load_panel(const float* p) { return load(p); }
 inline Vec<double> load_panel(const double* p) { return load(p); }
 
-// c (+)= a^T b over `depth` packed steps; one register tile.
-template <class P>
-[[gnu::noinline]] void micro_kernel(int64_t depth, const P* a, const P* b, Sum<P>* c, int64_t ldc, bool accumulate) {
+// c (+)= a^T b over `depth` steps; one register tile. Rows are a packed strip, const P*, or RowsInPlace<P>.
+template <class P, class Rows>
+[[gnu::noinline]] void micro_kernel(int64_t depth, Rows a, const P* b, Sum<P>* c, int64_t ldc, bool accumulate) {
   using T = Sum<P>;
   constexpr int R = Block<P>::kRows, N = Block<P>::kVectors, W = kLanes<T>;
   Vec<T> acc[R][N];
@@ -61,7 +85,7 @@ template <class P>
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
       for (int j = 0; j < N; ++j) acc[i][j] = multiply_add(a[i], bk[j], acc[i][j]);
-    a += R;
+    next(a);
     b += N * W;
   }
 #pragma GCC unroll 16

@@ -7,9 +7,9 @@ struct Accumulate {
   T* c;
   int64_t ldc;
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
-    micro_kernel<P>(depth, a, b, c + i * ldc + j, ldc, !first);
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
+    micro_kernel(depth, a, b, c + i * ldc + j, ldc, !first);
   }
 };
 
@@ -20,8 +20,8 @@ struct AddTo {
   int64_t ldc;
   bool fresh;
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool) const {
     micro_kernel(depth, a, b, c + i * ldc + j, ldc, !(first && fresh));
   }
 };
@@ -50,10 +50,10 @@ struct SquareSum {
   int64_t ldc, rows, cols;
   double sum = 0;
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
     const T* at = c + i * ldc + j;
-    micro_kernel<P>(depth, a, b, c + i * ldc + j, ldc, !first);
+    micro_kernel(depth, a, b, c + i * ldc + j, ldc, !first);
     if (!last) return;
     sum += sum_inside<T>(
         rows - i, cols - j,
@@ -69,11 +69,11 @@ struct HadamardSum {
   int64_t ldw, rows, cols;
   double sum = 0;
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool, bool) {
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool, bool) {
     constexpr int N = Block<T>::kCols;
     alignas(64) T local[Block<T>::kRows * N];
-    micro_kernel<P>(depth, a, b, local, N, false);
+    micro_kernel(depth, a, b, local, N, false);
     const T* w = weights + i * ldw + j;
     sum += sum_inside<T>(
         rows - i, cols - j,
@@ -89,8 +89,8 @@ struct UpperTriangle {
   Inner inner;
   int64_t offset;
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
     if (j + Block<T>::kCols - 1 + offset >= i) inner.tile(a, b, depth, i, j, first, last);
   }
 };

@@ -79,10 +79,16 @@ class Prepacked {
     });
   }
 
-  template <class, int>
-  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
-    std::memcpy(out, memory_.get() + lanes_ * k + outer * depth, round_up(outers, kStrip) * depth * sizeof(T));
+  template <class>
+  int64_t rows_in_place(int64_t outers, int64_t) const {
+    return round_up(outers, kStrip);
   }
+  template <class>
+  const T* rows(int64_t outer, int64_t k, int64_t depth) const {
+    return memory_.get() + lanes_ * k + outer * depth;
+  }
+  template <class, int>
+  void pack(T*, int64_t, int64_t, int64_t, int64_t) const {}
 
  private:
   using B = Block<T>;

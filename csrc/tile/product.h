@@ -1,6 +1,7 @@
 // One tile of a product: packs panels from two sources and hands every register tile to an epilogue.
 // P is what panels hold: float, double, or Bf16Pair (two steps in one). An epilogue is any type with
-//   template <class P> void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last)
+//   template <class P, class Rows>
+//   void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last)
 // called for each register tile at (i, j) of the tile, once per block of the reduction.
 namespace UK_ISA {
 
@@ -20,6 +21,12 @@ struct Range {
   int64_t size;
 };
 
+// Whether a source may have its rows read where they lie.
+template <class P, class Source, class = void>
+inline constexpr bool kHasRows = false;
+template <class P, class Source>
+inline constexpr bool kHasRows<P, Source, std::void_t<decltype(&Source::template rows<P>)>> = true;
+
 template <class P, class SourceA, class SourceB, class Epilogue>
 void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t depth, const Panels<P>& panels,
              Epilogue&& epilogue) {
@@ -36,10 +43,21 @@ void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t
     b.template pack<P, B::kCols>(panels.b, cols.begin, cols.size, k, size);
     for (int64_t block = 0; block < rows.size; block += most) {
       const int64_t height = rows.size - block < most ? rows.size - block : most;
-      a.template pack<P, B::kRows>(panels.a, rows.begin + block, height, k, size);
-      for (int64_t j = 0; j < cols.size; j += B::kCols)
-        for (int64_t i = 0; i < height; i += B::kRows)
-          epilogue.tile(panels.a + i * steps, panels.b + j * steps, steps, block + i, j, first, last);
+      // All columns for the rows from `begin` of the block to `end`.
+      const auto sweep = [&](int64_t begin, int64_t end, auto&& rows_at) {
+        for (int64_t j = 0; j < cols.size; j += B::kCols)
+          for (int64_t i = begin; i < end; i += B::kRows)
+            epilogue.tile(rows_at(i), panels.b + j * steps, steps, block + i, j, first, last);
+      };
+      const int64_t outer = rows.begin + block;
+      int64_t in_place = 0;
+      if constexpr (kHasRows<P, SourceA>) {
+        in_place = a.template rows_in_place<P>(height, size);
+        sweep(0, in_place, [&](int64_t i) { return a.template rows<P>(outer + i, k, size); });
+      }
+      if (in_place >= height) continue;
+      a.template pack<P, B::kRows>(panels.a, outer + in_place, height - in_place, k, size);
+      sweep(in_place, height, [&](int64_t i) { return static_cast<const P*>(panels.a + (i - in_place) * steps); });
     }
     k += size;
   } while (k < depth);

@@ -79,15 +79,15 @@ struct Rank {
   Ranking<T, kLargest>* rankings;
   bool long_sums;  // adds up the blocks of the reduction apart, so that no chain of additions is long
 
-  template <class P>
-  void tile(const P* a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
+  template <class P, class Rows>
+  void tile(Rows a, const P* b, int64_t depth, int64_t i, int64_t j, bool first, bool last) {
     constexpr int R = Block<T>::kRows, N = Block<T>::kCols, W = kLanes<T>;
     T* at = c + i * ldc + j;
     if (first || !long_sums) {
-      micro_kernel<P>(depth, a, b, at, ldc, !first);
+      micro_kernel(depth, a, b, at, ldc, !first);
     } else {
       alignas(64) T part[R * N];
-      micro_kernel<P>(depth, a, b, part, N, false);
+      micro_kernel(depth, a, b, part, N, false);
       for (int r = 0; r < R; ++r)
         for (int w = 0; w < N; w += W) store(at + r * ldc + w, load(at + r * ldc + w) + load(part + r * N + w));
     }

@@ -1,12 +1,27 @@
 // Panel sources: whatever can fill strips of kStrip lanes by depth steps. A source is any type with
 //   template <class P, int kStrip> void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const
 // that writes round_up(outers, kStrip) / kStrip strips, [strip][step][kStrip], zero where outer (or, for pairs,
-// the depth) runs out.
+// the depth) runs out. One whose rows need no packing, or not all of them, also has
+//   template <class P> int64_t rows_in_place(int64_t outers, int64_t depth) const, how many; whole register tiles
+//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes.
 namespace UK_ISA {
 
 // Dense memory of any input type in either orientation, widened while it is packed.
 struct Dense {
   uk::Operand m;
+
+  template <class P>
+  int64_t rows_in_place(int64_t outers, int64_t depth) const {
+    const bool as_it_is = std::is_same_v<P, Bf16Pair>
+                              ? depth % 2 == 0 && m.outer_stride % 2 == 0 && reinterpret_cast<uintptr_t>(m.data) % 4 == 0
+                              : m.dtype == (sizeof(P) == 8 ? uk::Dtype::f64 : uk::Dtype::f32);
+    return as_it_is && m.depth_stride == 1 ? outers / Block<P>::kRows * Block<P>::kRows : 0;
+  }
+  template <class P>
+  RowsInPlace<P> rows(int64_t outer, int64_t k, int64_t) const {
+    const uk::Operand at = m.from(outer * m.outer_stride + k);
+    return {static_cast<const P*>(at.data), m.outer_stride / PanelTraits<P>::kSteps};
+  }
 
   template <class P, int kStrip>
   void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
