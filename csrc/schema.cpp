@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   // method: 0 direct, 1 gram, 2 rank1, 3 gram that falls back to direct where it cancels
   m.def("linear_sqnorms(Tensor a, Tensor g, bool bias, int method) -> Tensor");
 
-  // method: 0 direct, 1 gram, 3 the cheaper. No upstream for ones; no lse to have it computed.
+  // method: 0 direct, 1 gram (tokens), 3 the cheaper. No upstream for ones; no lse to have it computed.
   m.def(
       "lm_head_sqnorms(Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, Tensor? bias, "
       "int ignore_index, int method) -> Tensor");

@@ -10,7 +10,7 @@ from unlearn_kernels.per_sample.lm_head import Tokens
 from unlearn_kernels.reference.per_sample import lm_head as reference
 from unlearn_kernels.testing import assert_as_exact_as, at_threads, randn
 
-METHODS = ["direct", "gram", "auto"]
+METHODS = ["direct", "tokens", "auto"]
 # (T1, T2, d, V): one element, primes, several tiles.
 SIZES = [(1, 1, 1, 1), (5, 3, 7, 11), (203, 97, 13, 300)]
 

@@ -146,9 +146,9 @@ def project(
 ) -> Tensor:
     r"""Projections of per-sample gradients.
 
-    A `TwoSided` projection gives `L W_i R^T = (Q_i L^T)^T (H_i R^T)`, of the weight's gradient alone, from a block
-    of the vocabulary at a time in three matrix products: no gradient is formed. Any other takes the gradients one
-    by one, flattened row after row, then the bias's.
+    A `TwoSided` projection gives `L W_i R^T = (Q_i L^T)^T (H_i R^T)` row after row, then `L b_i`, from a block of
+    the vocabulary at a time in three matrix products: no gradient is formed. Any other takes the gradients one by
+    one, flattened row after row, then the bias's.
 
     Args:
         h: hidden states, (B, ..., d).
@@ -163,7 +163,7 @@ def project(
         backend: see `unlearn_kernels.use_backend`.
 
     Returns:
-        (B, k_o k_i) or (B, k), float32 (float64 for float64 inputs).
+        (B, k_o k_i), k_o more with a bias, or (B, k); float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
@@ -202,9 +202,11 @@ def _two_sided(head: _Head, projection: TwoSided) -> Tensor:
         if head.bias is not None:
             q += head.bias[rows].to(wide)
         q.sub_(lse.unsqueeze(-1)).exp_()
-        q -= labels.unsqueeze(-1) == torch.arange(begin, min(begin + step, vocabulary), device=h.device)
+        columns = torch.arange(begin, begin + q.shape[-1], device=h.device)
+        q -= (labels.unsqueeze(-1) == columns).to(wide)
         projected += q.mul_(upstream.unsqueeze(-1)).masked_fill_(~kept, 0) @ left[:, rows].to(wide).T
-    return (projected.mT @ (h @ right.to(wide).T)).flatten(1)
+    weight = (projected.mT @ (h @ right.to(wide).T)).flatten(1)
+    return weight if head.bias is None else torch.cat([weight, projected.sum(dim=1)], dim=1)
 
 
 def _wide(W: Tensor, bias: Tensor | None, x: Tokens) -> tuple[Tensor, Tensor | None]:

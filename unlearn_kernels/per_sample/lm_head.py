@@ -19,13 +19,15 @@ from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked
 __all__ = ["Tokens", "dots", "grads", "project", "sqnorms", "tied_dots", "weighted_sum"]
 
 Method = Literal["auto", "direct", "gram"]
+DotsMethod = Literal["auto", "direct", "tokens"]
 _CODES: Final = {"direct": 0, "gram": 1, "auto": 3}
+_DOTS_CODES: Final = {"direct": 0, "tokens": 1, "auto": 3}
 
 
-def _code(method: str) -> int:
-    if method not in _CODES:
-        raise ValueError(f"method must be one of {', '.join(_CODES)}, got {method!r}")
-    return _CODES[method]
+def _code(method: str, codes: dict[str, int]) -> int:
+    if method not in codes:
+        raise ValueError(f"method must be one of {', '.join(codes)}, got {method!r}")
+    return codes[method]
 
 
 def _floats(W: Tensor, bias: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +82,7 @@ def sqnorms(
     Source: the Gram form, Li et al. 2022 (arXiv 2110.05679); logits a block of the vocabulary at a time, Wijmans
     et al. 2024 (arXiv 2411.09009).
     """
-    code = _code(method)
+    code = _code(method, _CODES)
     x = checked(Tokens(h, labels, upstream, lse), W, bias)
     call = select("lm_head_sqnorms", backend, _floats(W, bias, x.h))
     return call(*x, W.detach(), None if bias is None else bias.detach(), ignore_index, code)
@@ -94,7 +96,7 @@ def dots(
     bias: Tensor | None = None,
     summed: bool = False,
     ignore_index: int = -100,
-    method: Method = "auto",
+    method: DotsMethod = "auto",
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Inner products of per-sample gradients of the head.
@@ -108,7 +110,7 @@ def dots(
         bias: of the head, (V,); its gradients then count as well.
         summed: whether the sum of the right side's gradients is wanted instead of each.
         ignore_index: the label of rows that do not count.
-        method: `gram` multiplies all N1 rows that count on the left with all N2 on the right (2 N1 N2 (d + V)
+        method: `tokens` multiplies all N1 rows that count on the left with all N2 on the right (2 N1 N2 (d + V)
             FLOPs), `direct` forms tiles of the gradients (2 (N1 + N2 + B1 B2) d V, the sum being one gradient);
             `auto` takes the cheaper. Logits come on top, as in `sqnorms`.
         backend: see `unlearn_kernels.use_backend`.
@@ -122,11 +124,11 @@ def dots(
         RuntimeError: as in `sqnorms`.
 
     Scratch on the CPU, in elements of the accumulation type: for at most 2048 rows of each side in flight (`direct`:
-    at least one sample) N d, a block of 8 MB or N x 384, and N1 N2 (`gram`) or 16 tiles a thread (`direct`).
+    at least one sample) N d, a block of 8 MB or N x 384, and N1 N2 (`tokens`) or 16 tiles a thread (`direct`).
 
     Source: Wang et al. 2025 (GhostSuite, arXiv 2406.11011) for the form of linear layers.
     """
-    code = _code(method)
+    code = _code(method, _DOTS_CODES)
     x, y = (checked(Tokens(*side), W, bias, name) for side, name in ((left, " of left"), (right, " of right")))
     call = select("lm_head_dots", backend, _floats(W, bias, x.h, y.h))
     return call(*x, *y, W.detach(), None if bias is None else bias.detach(), ignore_index, summed, code)

@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from unlearn_kernels.reference.dtypes import accumulation_dtype
-from unlearn_kernels.reference.per_sample import linear
 from unlearn_kernels.reference.token_loss import logits
 
 
@@ -31,6 +30,12 @@ def logit_gradients(
     return rows, q.masked_fill(~kept.unsqueeze(-1), 0)
 
 
+def flat_grads(rows: Tensor, q: Tensor, bias: bool) -> Tensor:
+    """`Q_i^T H_i` row after row and, with the bias, `sum_t q_t` after it, (B, V d (+ V))."""
+    weight = (q.mT @ rows.to(q.dtype)).flatten(1)
+    return torch.cat([weight, q.sum(dim=1)], dim=1) if bias else weight
+
+
 def lm_head_sqnorms(
     h: Tensor,
     labels: Tensor,
@@ -43,7 +48,7 @@ def lm_head_sqnorms(
 ) -> Tensor:
     """`|Q_i^T [H_i, 1]|^2`, (B,); every method has the same value."""
     rows, q = logit_gradients(h, labels, upstream, lse, weight, bias, ignore_index)
-    return linear.linear_sqnorms(rows, q, bias is not None, method)
+    return flat_grads(rows, q, bias is not None).square().sum(dim=1)
 
 
 def lm_head_dots(
@@ -64,7 +69,7 @@ def lm_head_dots(
     """`<Q_i^T H_i, Q'_j^T H'_j>`, (B1, B2), or (B1,) with the sum over j."""
     sides = (h1, labels1, upstream1, lse1), (h2, labels2, upstream2, lse2)
     left, right = (
-        linear.linear_grads(*logit_gradients(*side, weight, bias, ignore_index), bias is not None).flatten(1)
+        flat_grads(*logit_gradients(*side, weight, bias, ignore_index), bias is not None)
         for side in sides
     )
     return left @ right.sum(0) if summed else left @ right.T
@@ -92,4 +97,4 @@ def lm_head_tied_dots(
     """`<E_i, Q_i^T H_i>`, (B,), E the gradient of the embedding that shares the head's weight."""
     rows, q = logit_gradients(h, labels, upstream, lse, weight, bias, ignore_index)
     embedding = embedding_grads(ids, g, weight.shape[0], padding_idx)
-    return (linear.linear_grads(rows, q) * embedding).sum(dim=(1, 2))
+    return (flat_grads(rows, q, False) * embedding.flatten(1)).sum(dim=1)
