@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from tests.per_sample.heads import DTYPES, Case, by_autograd, case, logsumexps, wide
 from torch import Tensor
 
+from tests.per_sample.heads import DTYPES, Case, by_autograd, case, logsumexps, wide
 from unlearn_kernels import _host
 from unlearn_kernels.per_sample import lm_head
 from unlearn_kernels.reference.per_sample.lm_head import lm_head_sqnorms as reference
-from unlearn_kernels.testing import assert_as_exact_as, at_threads, randn
+from unlearn_kernels.testing import assert_as_exact_as, at_threads
 
 METHODS = ["direct", "gram", "auto"]
 # (T, d, V): one element; primes below a register tile; a long and thin, a short and wide one; several tiles.
@@ -32,7 +32,9 @@ def check(x: Case, method: str = "auto", lse: Tensor | None = None) -> None:
     x = wide(x)
     assert result.dtype == x.h.dtype
     exact = by_autograd(x).square().sum(1)
-    assert_as_exact_as(f"norms by {method}", result, exact, in_eager(x, lse), floor=8 * torch.finfo(result.dtype).eps)
+    assert_as_exact_as(
+        f"norms by {method}", result, exact, in_eager(x, lse), floor=8 * torch.finfo(result.dtype).eps
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -73,8 +75,10 @@ def test_ignored_rows_are_never_read(method: str) -> None:
     x.labels[1] = -100
     expected = norms(x, method=method)
     assert expected[1] == 0
-    gone = (x.labels == -100)
-    poisoned = x._replace(h=x.h.masked_fill(gone[..., None], torch.nan), upstream=x.upstream.masked_fill(gone, torch.inf))
+    gone = x.labels == -100
+    poisoned = x._replace(
+        h=x.h.masked_fill(gone[..., None], torch.nan), upstream=x.upstream.masked_fill(gone, torch.inf)
+    )
     assert torch.equal(norms(poisoned, method=method), expected)
     other = x._replace(labels=x.labels.masked_fill(gone, 4))
     check(other, method)
@@ -84,7 +88,9 @@ def test_ignored_rows_are_never_read(method: str) -> None:
 
 def test_one_row_a_sample_and_folded_dimensions() -> None:
     x = case(5, 6, 4, 31, ignored=False)
-    folded = x._replace(h=x.h.view(5, 2, 3, 4), labels=x.labels.view(5, 2, 3), upstream=x.upstream.view(5, 2, 3))
+    folded = x._replace(
+        h=x.h.view(5, 2, 3, 4), labels=x.labels.view(5, 2, 3), upstream=x.upstream.view(5, 2, 3)
+    )
     assert torch.equal(norms(folded), norms(x))
     single = x._replace(h=x.h[:, :1], labels=x.labels[:, :1], upstream=x.upstream[:, :1])
     flat = Case(x.h[:, 0], x.W, x.labels[:, 0], x.upstream[:, 0], x.bias)

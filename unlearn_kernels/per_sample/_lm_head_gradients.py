@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.influence import Projection
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.token_loss._autograd import BACKWARD, FORWARD
@@ -18,32 +18,34 @@ _BLOCK: Final = 1 << 21
 
 
 class _Head:
-    """One call's arguments, and the operators that run on them."""
+    """One call's tokens with nothing left out, the head, and the operators that run on them."""
 
     def __init__(
         self, x: Tokens, W: Tensor, bias: Tensor | None, ignore_index: int, backend: Backend | None
     ) -> None:
         tensors = (x.h, W) if bias is None else (x.h, W, bias)
         plain = select("linear_nll", backend, tensors) is reference.linear_nll
-        self._forward: Any = reference.linear_nll_forward if plain else FORWARD
         self._backward: Any = reference.linear_nll_backward if plain else BACKWARD
-        self.W, self.bias, self.ignore_index = W.detach(), None if bias is None else bias.detach(), ignore_index
-        lse = x.lse
-        if lse is None:
-            lse = self._forward(x.h, self.W, self.bias, x.labels, ignore_index)[1]
-        self.x = x._replace(lse=lse, upstream=torch.ones_like(lse) if x.upstream is None else x.upstream)
+        forward: Any = reference.linear_nll_forward if plain else FORWARD
+        self.W, self.bias, self.ignore_index = W.detach(), detached(bias), ignore_index
+        self.h, self.labels = x.h, x.labels
+        found: Tensor | None = x.lse
+        self.lse: Tensor = (
+            forward(x.h, self.W, self.bias, x.labels, ignore_index)[1] if found is None else found
+        )
+        self.upstream = torch.ones_like(self.lse) if x.upstream is None else x.upstream
 
     def gradients(self, upstream: Tensor, samples: slice) -> Gradients:
         """Those of `sum(upstream nll)` over some samples, in the dtype of the head."""
-        h, labels, _, lse = (x[samples] for x in self.x)
+        h, labels, lse = (x[samples] for x in (self.h, self.labels, self.lse))
         options = self.ignore_index, False, True
         _, weight, bias = self._backward(upstream, h, self.W, self.bias, labels, lse, *options)
         return Gradients(weight, None if self.bias is None else bias)
 
     def each(self) -> Iterator[Gradients]:
         """The gradients of one sample after the other."""
-        for i in range(len(self.x.h)):
-            yield self.gradients(self.x.upstream[i : i + 1], slice(i, i + 1))
+        for i in range(len(self.h)):
+            yield self.gradients(self.upstream[i : i + 1], slice(i, i + 1))
 
 
 def weighted_sum(
@@ -86,8 +88,8 @@ def weighted_sum(
         raise ValueError(f"w must have shape ({len(x.h)},), got {tuple(w.shape)}")
     head = _Head(x, W, bias, ignore_index, backend)
     # A weight of 0 leaves its sample out even where an upstream gradient is infinite.
-    weights = w.detach().to(head.x.lse.dtype)[:, None]
-    return head.gradients(torch.where(weights == 0, 0.0, head.x.upstream * weights), slice(None))
+    weights = w.detach().to(head.lse.dtype)[:, None]
+    return head.gradients(torch.where(weights == 0, 0.0, head.upstream * weights), slice(None))
 
 
 def grads(
@@ -119,17 +121,17 @@ def grads(
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
 
-    Scratch: one gradient, and that of `linear_nll`'s backward.
+    Scratch: one gradient, a copy of a head of half type, and that of `linear_nll`'s backward.
     """
     x = checked(Tokens(h, labels, upstream, lse), W, bias)
     head = _Head(x, *_wide(W, bias, x), ignore_index, backend)
-    weight = head.x.lse.new_empty(len(x.h), *W.shape)
-    offset = None if bias is None else head.x.lse.new_empty(len(x.h), W.shape[0])
+    weight = head.lse.new_empty(len(x.h), *W.shape)
+    offset = head.lse.new_empty(len(x.h), W.shape[0])
     for i, gradients in enumerate(head.each()):
         weight[i] = gradients.weight
-        if offset is not None:
+        if gradients.bias is not None:
             offset[i] = gradients.bias
-    return Gradients(weight, offset)
+    return Gradients(weight, None if bias is None else offset)
 
 
 def project(
@@ -179,7 +181,7 @@ def project(
     if projection.dim != dim:
         raise ValueError(f"projection must have {dim} coordinates to fit the head, got {projection.dim}")
     head = _Head(x, *_wide(W, bias, x), ignore_index, backend)
-    out = head.x.lse.new_empty(len(x.h), projection.k)
+    out = head.lse.new_empty(len(x.h), projection.k)
     for i, gradients in enumerate(head.each()):
         flat = torch.cat([g.flatten() for g in gradients if g is not None])
         out[i] = projection.project(flat[None], backend=backend)[0]
@@ -188,7 +190,7 @@ def project(
 
 def _two_sided(head: _Head, projection: TwoSided) -> Tensor:
     left, right = projection
-    (h, labels, upstream, lse), (vocabulary, d) = head.x, head.W.shape
+    h, labels, lse, (vocabulary, d) = head.h, head.labels, head.lse, head.W.shape
     for name, side, size in (("left", left, vocabulary), ("right", right, d)):
         if side.dim() != 2 or side.shape[1] != size:
             raise ValueError(f"{name} of the projection must have shape (k, {size}), got {tuple(side.shape)}")
@@ -204,7 +206,7 @@ def _two_sided(head: _Head, projection: TwoSided) -> Tensor:
         q.sub_(lse.unsqueeze(-1)).exp_()
         columns = torch.arange(begin, begin + q.shape[-1], device=h.device)
         q -= (labels.unsqueeze(-1) == columns).to(wide)
-        projected += q.mul_(upstream.unsqueeze(-1)).masked_fill_(~kept, 0) @ left[:, rows].to(wide).T
+        projected += q.mul_(head.upstream.unsqueeze(-1)).masked_fill_(~kept, 0) @ left[:, rows].to(wide).T
     weight = (projected.mT @ (h @ right.to(wide).T)).flatten(1)
     return weight if head.bias is None else torch.cat([weight, projected.sum(dim=1)], dim=1)
 

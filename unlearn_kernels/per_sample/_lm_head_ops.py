@@ -104,21 +104,26 @@ def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, suffix: str = "") ->
         ValueError: if shapes, devices or dtypes do not fit; `suffix` tells the names of two sides apart.
     """
     check_head(W, bias)
-    h, labels, upstream, lse = (None if x is None else x.detach() for x in tokens)
+    h, labels = tokens.h.detach(), tokens.labels
     if h.dim() < 2 or h.shape[-1] != W.shape[1]:
         raise ValueError(f"h{suffix} must have shape (B, ..., {W.shape[1]}) to fit W, got {tuple(h.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels{suffix} must be integers, got {labels.dtype}")
     check_float(f"h{suffix}", h, W)
-    for name, x in (("labels", labels), ("upstream", upstream), ("lse", lse)):
+    for name, x in zip(Tokens._fields[1:], tokens[1:], strict=True):
         if x is not None and x.shape != h.shape[:-1]:
             wanted, got = tuple(h.shape[:-1]), tuple(x.shape)
             raise ValueError(f"{name}{suffix} must have shape {wanted} to fit h{suffix}, got {got}")
         if x is not None and x.device != W.device:
             raise ValueError(f"{name}{suffix} must be on the device of W, {W.device}, got {x.device}")
     wide = accumulation_dtype(h)
-    upstream, lse = (None if x is None else folded(x.to(wide), 2) for x in (upstream, lse))
-    return Tokens(folded(h, 3), folded(labels.long(), 2), upstream, lse)
+    rest = (None if x is None else folded(x.detach().to(wide), 2) for x in tokens[2:])
+    return Tokens(folded(h, 3), folded(labels.long(), 2), *rest)
+
+
+def detached(x: Tensor | None) -> Tensor | None:
+    """`x` without its history."""
+    return None if x is None else x.detach()
 
 
 def check_head(W: Tensor, bias: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.per_sample._lm_head_gradients import grads, project, weighted_sum
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, folded
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, folded
 
 __all__ = ["Tokens", "dots", "grads", "project", "sqnorms", "tied_dots", "weighted_sum"]
 
@@ -85,7 +85,7 @@ def sqnorms(
     code = _code(method, _CODES)
     x = checked(Tokens(h, labels, upstream, lse), W, bias)
     call = select("lm_head_sqnorms", backend, _floats(W, bias, x.h))
-    return call(*x, W.detach(), None if bias is None else bias.detach(), ignore_index, code)
+    return call(*x, W.detach(), detached(bias), ignore_index, code)
 
 
 def dots(
@@ -129,9 +129,11 @@ def dots(
     Source: Wang et al. 2025 (GhostSuite, arXiv 2406.11011) for the form of linear layers.
     """
     code = _code(method, _DOTS_CODES)
-    x, y = (checked(Tokens(*side), W, bias, name) for side, name in ((left, " of left"), (right, " of right")))
+    x, y = (
+        checked(Tokens(*side), W, bias, name) for side, name in ((left, " of left"), (right, " of right"))
+    )
     call = select("lm_head_dots", backend, _floats(W, bias, x.h, y.h))
-    return call(*x, *y, W.detach(), None if bias is None else bias.detach(), ignore_index, summed, code)
+    return call(*x, *y, W.detach(), detached(bias), ignore_index, summed, code)
 
 
 def tied_dots(
@@ -182,8 +184,10 @@ def tied_dots(
     check_float("G", G, W)
     if ids.is_floating_point() or G.shape != (*ids.shape, W.shape[1]) or ids.shape[:1] != h.shape[:1]:
         got = f"{ids.dtype} {tuple(ids.shape)} and {tuple(G.shape)}"
-        raise ValueError(f"ids must be integers (B, ...) and G (B, ..., {W.shape[1]}), B = {len(h)}, got {got}")
+        raise ValueError(
+            f"ids must be integers (B, ...) and G (B, ..., {W.shape[1]}), B = {len(h)}, got {got}"
+        )
     ids, g = folded(ids.long(), 2), folded(G.detach(), 3)
     call = select("lm_head_tied_dots", backend, _floats(W, bias, x.h, g))
     padding = -1 if padding_idx is None else padding_idx % W.shape[0]
-    return call(ids, g, *x, W.detach(), None if bias is None else bias.detach(), padding, ignore_index)
+    return call(ids, g, *x, W.detach(), detached(bias), padding, ignore_index)

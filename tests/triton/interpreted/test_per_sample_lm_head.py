@@ -18,7 +18,12 @@ def tokens(batch: int, T: int, d: int, V: int, dtype: torch.dtype = torch.float3
     labels = torch.arange(batch * T).view(batch, T) * 7 % V
     labels = labels.masked_fill(torch.arange(batch * T).view(batch, T) % 4 == 1, -100)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return randn(batch, T, d, dtype=dtype, seed=seed), labels, randn(batch, T, dtype=wide, seed=seed + 1), None
+    return (
+        randn(batch, T, d, dtype=dtype, seed=seed),
+        labels,
+        randn(batch, T, dtype=wide, seed=seed + 1),
+        None,
+    )
 
 
 def head(d: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, int]:

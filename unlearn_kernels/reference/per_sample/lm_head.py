@@ -69,8 +69,7 @@ def lm_head_dots(
     """`<Q_i^T H_i, Q'_j^T H'_j>`, (B1, B2), or (B1,) with the sum over j."""
     sides = (h1, labels1, upstream1, lse1), (h2, labels2, upstream2, lse2)
     left, right = (
-        flat_grads(*logit_gradients(*side, weight, bias, ignore_index), bias is not None)
-        for side in sides
+        flat_grads(*logit_gradients(*side, weight, bias, ignore_index), bias is not None) for side in sides
     )
     return left @ right.sum(0) if summed else left @ right.T
 

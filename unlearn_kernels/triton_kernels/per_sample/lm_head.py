@@ -229,7 +229,15 @@ def _case(dtype: str, **constants: Any) -> AotCase:
     tile = _tied_tile(1024, 1024, 1024, dot, dot)
     pointers = dict.fromkeys(("h", "weight", "bias", "g"), dtype) | {"ids": "i64", "labels": "i64"}
     pointers |= dict.fromkeys(("upstream", "lse", "parts"), str(acc))
-    fixed = {"h_d": 1, "w_d": 1, "b_v": 1, "g_d": 1, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth}
+    fixed = {
+        "h_d": 1,
+        "w_d": 1,
+        "b_v": 1,
+        "g_d": 1,
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
+    }
     fixed |= {"DOT_W": dot, "DOT_G": dot, "ACC": acc, **constants}
     return AotCase(
         tied_dots_kernel,
