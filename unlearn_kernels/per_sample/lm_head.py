@@ -124,7 +124,7 @@ def dots(
         RuntimeError: as in `sqnorms`.
 
     Scratch on the CPU, in elements of the accumulation type: for at most 2048 rows of each side in flight (`direct`:
-    at least one sample) N d, a block of 8 MB or N x 384, and N1 N2 (`tokens`) or 16 tiles a thread (`direct`).
+    at least one sample) N d, a block of 8 MB or N x 384, and N1 N2 (`tokens`) or 32 tiles a thread (`direct`).
 
     Source: Wang et al. 2025 (GhostSuite, arXiv 2406.11011) for the form of linear layers.
     """

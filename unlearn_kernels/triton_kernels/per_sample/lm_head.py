@@ -221,7 +221,7 @@ def _tied_tile(rows: int, cols: int, depth: int, *dots: tl.dtype) -> Tile:
     widest = max(dots, key=lambda dot: dot.primitive_bitwidth)
     tile = tile_for(rows, cols, depth, widest, accumulators=2)
     narrow = min(tile.cols, 32 if widest == tl.float64 else 64)
-    return tile._replace(cols=narrow, num_warps=8 if tile.rows == 128 else 4)
+    return tile._replace(cols=narrow)
 
 
 def _case(dtype: str, **constants: Any) -> AotCase:
