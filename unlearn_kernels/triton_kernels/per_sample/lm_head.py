@@ -27,7 +27,8 @@ from unlearn_kernels.triton_kernels.common import (
     sum_parts,
     tile_for,
 )
-from unlearn_kernels.triton_kernels.per_sample import linear
+from unlearn_kernels.triton_kernels.per_sample.linear import linear_sqnorms
+from unlearn_kernels.triton_kernels.per_sample.linear_dots import linear_dots
 
 # Bytes of Q at a time.
 _BLOCK_BYTES: Final = 64 << 20
@@ -109,7 +110,7 @@ def lm_head_sqnorms(
     norms = h.new_zeros(batch, dtype=torch.float64)
     with on_device(h):
         for q in side.blocks(_columns(batch * tokens, vocabulary, side.rows.dtype)):
-            norms += linear.linear_sqnorms(side.h, q, bias is not None, method)
+            norms += linear_sqnorms(side.h, q, bias is not None, method)
     return norms.to(side.rows.dtype)
 
 
@@ -142,7 +143,7 @@ def lm_head_dots(
     columns = _columns(n + m, vocabulary, left.rows.dtype)
     with on_device(h1):
         for p, q in zip(left.blocks(columns), right.blocks(columns), strict=True):
-            out += linear.linear_dots(left.h, p, right.h, q, summed, bias is not None, 1 - method)
+            out += linear_dots(left.h, p, right.h, q, summed, bias is not None, 1 - method)
     return out.to(left.rows.dtype)
 
 
