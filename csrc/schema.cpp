@@ -8,6 +8,12 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
 
   // method: 0 direct, 1 gram, 2 rank1, 3 gram that falls back to direct where it cancels
   m.def("linear_sqnorms(Tensor a, Tensor g, bool bias, int method) -> Tensor");
+  // method: 0 tokens, 1 direct
+  m.def("linear_dots(Tensor a1, Tensor g1, Tensor a2, Tensor g2, bool summed, bool bias, int method) -> Tensor");
+  m.def("linear_weighted_sum(Tensor a, Tensor g, Tensor w, bool bias) -> (Tensor, Tensor)");
+  m.def("linear_grads(Tensor a, Tensor g, bool bias) -> (Tensor, Tensor)");
+  m.def("linear_two_sided(Tensor a, Tensor g, Tensor left, Tensor right, bool bias) -> Tensor");
+  m.def("linear_sketch(Tensor a, Tensor g, bool bias, int k, int seed) -> Tensor");
 
   // method: 0 direct, 1 gram (tokens), 3 the cheaper. No upstream for ones; no lse to have it computed.
   m.def(

@@ -6,17 +6,21 @@
 #include <string>
 
 // What <isa>/<family>.cpp define.
-#define UK_DECLARE(ISA)                                       \
-  namespace ISA {                                             \
-  extern const uk::DenseKernels kDense;                       \
-  extern const uk::PerSampleLinearKernels kPerSampleLinear;   \
-  extern const uk::PerSampleLmHeadKernels kPerSampleLmHead;   \
-  extern const uk::SurgeryKernels kSurgery;                   \
-  extern const uk::InfluenceKernels kInfluence;               \
-  extern const uk::TokenLossKernels kTokenLoss;               \
+#define UK_DECLARE(ISA)                                           \
+  namespace ISA {                                                 \
+  extern const uk::DenseKernels kDense;                           \
+  extern const uk::PerSampleLinearKernels kPerSampleLinear;       \
+  extern const uk::LinearDotsKernels kLinearDots;                 \
+  extern const uk::LinearSumsKernels kLinearSums;                 \
+  extern const uk::LinearProjectKernels kLinearProject;           \
+  extern const uk::PerSampleLmHeadKernels kPerSampleLmHead;       \
+  extern const uk::SurgeryKernels kSurgery;                       \
+  extern const uk::InfluenceKernels kInfluence;                   \
+  extern const uk::TokenLossKernels kTokenLoss;                   \
   }
-#define UK_KERNELS_OF(name, ISA)                              \
-  {name, ISA::kDense, ISA::kPerSampleLinear, ISA::kPerSampleLmHead, ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
+#define UK_KERNELS_OF(name, ISA)                                                                     \
+  {name, ISA::kDense, ISA::kPerSampleLinear, ISA::kLinearDots, ISA::kLinearSums, ISA::kLinearProject, \
+   ISA::kPerSampleLmHead, ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
 
 UK_DECLARE(uk_baseline)
 UK_DECLARE(uk_avx2)

@@ -3,6 +3,9 @@
 #include "tile/dense.h"
 #include "tile/influence.h"
 #include "tile/per_sample/linear.h"
+#include "tile/per_sample/linear_dots.h"
+#include "tile/per_sample/linear_project.h"
+#include "tile/per_sample/linear_sums.h"
 #include "tile/per_sample/lm_head.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
@@ -20,6 +23,9 @@ struct Kernels {
   const char* isa;
   const DenseKernels& dense;
   const PerSampleLinearKernels& per_sample_linear;
+  const LinearDotsKernels& linear_dots;
+  const LinearSumsKernels& linear_sums;
+  const LinearProjectKernels& linear_project;
   const PerSampleLmHeadKernels& per_sample_lm_head;
   const SurgeryKernels& surgery;
   const InfluenceKernels& influence;

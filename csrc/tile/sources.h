@@ -45,14 +45,18 @@ struct Dense {
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth) {
       const int lanes = int(outers - o < kStrip ? outers - o : kStrip);
       const S* from = data + o * at.outer_stride;
-      if (lanes < kStrip)
+      if (lanes < kStrip) {
         gather<T, kStrip>(from, at, out, lanes, depth);
-      else if (at.depth_stride == 1)
+      } else if (at.depth_stride == 1) {
         transpose<T, kStrip>(from, at, out, depth);
-      else if (at.outer_stride == 1)
-        copy<T, kStrip>(from, at, out, depth);
-      else
+      } else if (at.outer_stride == 1) {
+        const int64_t whole = (outers - o) / kStrip, count = whole < kTogether ? whole : kTogether;
+        copy<T, kStrip>(from, at, out, count, depth);
+        o += (count - 1) * kStrip;
+        out += (count - 1) * kStrip * depth;
+      } else {
         gather<T, kStrip>(from, at, out, lanes, depth);
+      }
     }
   }
 
@@ -83,18 +87,24 @@ struct Dense {
       for (int i = 0; i < kStrip; ++i) out[i] = i < lanes ? T(widen(from[i * at.outer_stride])) : T(0);
   }
 
+  // Some strips side by side: rows of the memory are read by whole cache lines, whatever their distance.
+  static constexpr int64_t kTogether = 8;
   template <class T, int kStrip, class S>
-  static void copy(const S* from, const uk::Operand& at, T* out, int64_t depth) {
+  static void copy(const S* from, const uk::Operand& at, T* out, int64_t strips, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip)
+      for (int64_t n = 0; n < strips; ++n) copy_lanes<kStrip>(from + n * kStrip, out + n * kStrip * depth);
+  }
+
+  template <int kStrip, class T, class S>
+  static void copy_lanes(const S* from, T* out) {
     constexpr int W = kLanes<T>;
-    for (int64_t k = 0; k < depth; ++k, from += at.depth_stride, out += kStrip) {
-      if constexpr (std::is_same_v<S, T>) {
-        std::memcpy(out, from, kStrip * sizeof(T));
-      } else {
-        int i = 0;
-        if constexpr (std::is_same_v<Wide<S>, T>)
-          for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
-        for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
-      }
+    if constexpr (std::is_same_v<S, T>) {
+      std::memcpy(out, from, kStrip * sizeof(T));
+    } else {
+      int i = 0;
+      if constexpr (std::is_same_v<Wide<S>, T>)
+        for (; i + W <= kStrip; i += W) store(out + i, load_wide(from + i));
+      for (; i < kStrip; ++i) out[i] = T(widen(from[i]));
     }
   }
 
