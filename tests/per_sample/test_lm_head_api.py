@@ -103,6 +103,8 @@ def test_errors_of_the_other_verbs() -> None:
     ids = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"ids must be integers \(B, ...\) and G \(B, ..., 5\), B = 2"):
         lm_head.tied_dots(ids, torch.ones(2, 3, 5), H, W, LABELS)
+    with pytest.raises(ValueError, match=r"padding_idx must be in \[-7, 7\) or None, got 7"):
+        lm_head.tied_dots(ids, torch.ones(2, 4, 5), H, W, LABELS, padding_idx=7)
 
 
 @pytest.mark.parametrize(

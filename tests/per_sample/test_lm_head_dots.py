@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.per_sample.heads import DTYPES, Case, by_autograd, case, wide
+from unlearn_kernels._backends import REGISTRY
 from unlearn_kernels.per_sample import lm_head
 from unlearn_kernels.per_sample.lm_head import Tokens
 from unlearn_kernels.reference.per_sample import lm_head as reference
@@ -136,6 +137,24 @@ def test_tied_dots(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         arguments = (ids, g.to(y.h.dtype), y.h, y.labels, y.upstream, None, y.W, y.bias, padding, -100)
         eager, exact = reference.lm_head_tied_dots(*arguments), by_definition(ids, g, x, padding_idx)
         assert_as_exact_as("tied dots", result, exact, eager, floor=8 * torch.finfo(result.dtype).eps)
+
+
+@pytest.mark.skipif("embedding_sqnorms" not in REGISTRY, reason="this build has no embeddings")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tied_sqnorms(dtype: torch.dtype) -> None:
+    """Of one weight that is used twice, by autograd."""
+    x = case(3, 9, 7, 30, dtype, bias=False)
+    ids, g = embedded(x, 11)
+    result = lm_head.tied_sqnorms(ids, g, x.h, x.W, x.labels, upstream=x.upstream, padding_idx=3)
+    exact = []
+    for i, head in enumerate(by_autograd(x)):
+        weight = torch.zeros(x.W.shape, dtype=torch.float64, requires_grad=True)
+        found = torch.nn.functional.embedding(ids[i], weight, padding_idx=3)
+        (gradient,) = torch.autograd.grad(found, weight, g[i].double())
+        exact.append((gradient.flatten() + head).square().sum())
+    torch.testing.assert_close(result, torch.stack(exact).to(result.dtype))
+    cancelled = lm_head.tied_sqnorms(ids[:, :0], g[:, :0], x.h, x.W, x.labels, upstream=0 * x.upstream)
+    assert torch.equal(cancelled, torch.zeros_like(cancelled))
 
 
 def test_tied_dots_of_nothing_and_threads() -> None:

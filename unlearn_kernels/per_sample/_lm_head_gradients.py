@@ -8,10 +8,10 @@ from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.influence import Projection
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached, logsumexps
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference import token_loss as reference
-from unlearn_kernels.token_loss._autograd import BACKWARD, FORWARD
+from unlearn_kernels.token_loss._autograd import BACKWARD
 
 # Elements of Q that a two-sided projection holds at once.
 _BLOCK: Final = 1 << 21
@@ -26,13 +26,9 @@ class _Head:
         tensors = (x.h, W) if bias is None else (x.h, W, bias)
         plain = select("linear_nll", backend, tensors) is reference.linear_nll
         self._backward: Any = reference.linear_nll_backward if plain else BACKWARD
-        forward: Any = reference.linear_nll_forward if plain else FORWARD
         self.W, self.bias, self.ignore_index = W.detach(), detached(bias), ignore_index
         self.h, self.labels = x.h, x.labels
-        found: Tensor | None = x.lse
-        self.lse: Tensor = (
-            forward(x.h, self.W, self.bias, x.labels, ignore_index)[1] if found is None else found
-        )
+        self.lse = logsumexps(x, W, bias, ignore_index, backend)
         self.upstream = torch.ones_like(self.lse) if x.upstream is None else x.upstream
 
     def gradients(self, upstream: Tensor, samples: slice) -> Gradients:

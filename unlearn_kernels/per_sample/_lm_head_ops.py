@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
+from unlearn_kernels._backends import Backend, select
+from unlearn_kernels.reference import token_loss as token_reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.reference.per_sample import lm_head as reference
+from unlearn_kernels.token_loss._autograd import FORWARD
 
 
 class Tokens(NamedTuple):
@@ -119,6 +122,19 @@ def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, suffix: str = "") ->
     wide = accumulation_dtype(h)
     rest = (None if x is None else folded(x.detach().to(wide), 2) for x in tokens[2:])
     return Tokens(folded(h, 3), folded(labels.long(), 2), *rest)
+
+
+def logsumexps(
+    x: Tokens, W: Tensor, bias: Tensor | None, ignore_index: int, backend: Backend | None
+) -> Tensor:
+    """Those of checked tokens: what was given, or those that the forward of `linear_nll` leaves."""
+    if x.lse is not None:
+        return x.lse
+    tensors = (x.h, W) if bias is None else (x.h, W, bias)
+    plain = select("linear_nll", backend, tensors) is token_reference.linear_nll
+    forward = token_reference.linear_nll_forward if plain else FORWARD
+    found: Tensor = forward(x.h, W.detach(), detached(bias), x.labels, ignore_index)[1]
+    return found
 
 
 def detached(x: Tensor | None) -> Tensor | None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.per_sample._lm_head_gradients import grads, project, weighted_sum
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, folded
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, folded, logsumexps
 
-__all__ = ["Tokens", "dots", "grads", "project", "sqnorms", "tied_dots", "weighted_sum"]
+__all__ = ["Tokens", "dots", "grads", "project", "sqnorms", "tied_dots", "tied_sqnorms", "weighted_sum"]
 
 Method = Literal["auto", "direct", "gram"]
 DotsMethod = Literal["auto", "direct", "tokens"]
@@ -181,13 +181,79 @@ def tied_dots(
     Scratch on the CPU: under 0.5 MB a thread and 32 bytes a token.
     """
     x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    ids, g, padding = _looked_up(ids, G, x, W, padding_idx)
+    call = select("lm_head_tied_dots", backend, _floats(W, bias, x.h, g))
+    return call(ids, g, *x, W.detach(), detached(bias), padding, ignore_index)
+
+
+def tied_sqnorms(
+    ids: Tensor,
+    G: Tensor,
+    h: Tensor,
+    W: Tensor,
+    labels: Tensor,
+    *,
+    upstream: Tensor | None = None,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+    padding_idx: int | None = None,
+    ignore_index: int = -100,
+    method: Method = "auto",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Squared norms of per-sample gradients of a weight that an embedding and the head share.
+
+    .. math:: \|E_i + W_i\|^2 = \|E_i\|^2 + \|W_i\|^2 + 2 \langle E_i, W_i \rangle
+
+    from `embedding.sqnorms`, `sqnorms` and `tied_dots`.
+
+    Args:
+        ids: as in `tied_dots`.
+        G: as in `tied_dots`.
+        h: as in `sqnorms`.
+        W: the weight of both, (V, d).
+        labels: as in `sqnorms`.
+        upstream: as in `sqnorms`.
+        lse: as in `sqnorms`.
+        bias: of the head, (V,); its gradient then counts as well.
+        padding_idx: the token whose embedding gets no gradient.
+        ignore_index: the label of rows that do not count.
+        method: as in `sqnorms`.
+        backend: see `unlearn_kernels.use_backend`.
+
+    Returns:
+        (B,), float32 (float64 for float64 inputs), at least 0. Not differentiable.
+
+    Raises:
+        ValueError: if shapes, devices or dtypes do not fit, or `method` is unknown.
+        RuntimeError: if a label or an id is out of range (on CUDA the sample's result is NaN instead).
+
+    Scratch: that of the three.
+    """
+    code = _code(method, _CODES)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    ids, g, padding = _looked_up(ids, G, x, W, padding_idx)
+    x = x._replace(lse=logsumexps(x, W, bias, ignore_index, backend))
+    head, floats = (W.detach(), detached(bias)), _floats(W, bias, x.h, g)
+    embedding = select("embedding_sqnorms", backend, floats)(ids, g, W.shape[0], padding)
+    norms = select("lm_head_sqnorms", backend, floats)(*x, *head, ignore_index, code)
+    dots = select("lm_head_tied_dots", backend, floats)(ids, g, *x, *head, padding, ignore_index)
+    return (embedding.to(norms.dtype) + norms + 2 * dots).clamp_min(0)  # where E = -W rounding may fall below
+
+
+def _looked_up(
+    ids: Tensor, G: Tensor, x: Tokens, W: Tensor, padding_idx: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """What an embedding's kernels take: ids (B, S), G (B, S, d), and -1 for no padding."""
     check_float("G", G, W)
-    if ids.is_floating_point() or G.shape != (*ids.shape, W.shape[1]) or ids.shape[:1] != h.shape[:1]:
+    if ids.is_floating_point() or G.shape != (*ids.shape, W.shape[1]) or ids.shape[:1] != x.h.shape[:1]:
         got = f"{ids.dtype} {tuple(ids.shape)} and {tuple(G.shape)}"
         raise ValueError(
-            f"ids must be integers (B, ...) and G (B, ..., {W.shape[1]}), B = {len(h)}, got {got}"
+            f"ids must be integers (B, ...) and G (B, ..., {W.shape[1]}), B = {len(x.h)}, got {got}"
         )
-    ids, g = folded(ids.long(), 2), folded(G.detach(), 3)
-    call = select("lm_head_tied_dots", backend, _floats(W, bias, x.h, g))
+    if ids.device != W.device:
+        raise ValueError(f"ids must be on the device of W, {W.device}, got {ids.device}")
+    if padding_idx is not None and not -W.shape[0] <= padding_idx < W.shape[0]:
+        raise ValueError(f"padding_idx must be in [{-W.shape[0]}, {W.shape[0]}) or None, got {padding_idx}")
     padding = -1 if padding_idx is None else padding_idx % W.shape[0]
-    return call(ids, g, *x, W.detach(), detached(bias), padding, ignore_index)
+    return folded(ids.long(), 2), folded(G.detach(), 3), padding
