@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def(
       "linear_nll_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, "
       "int ignore_index, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  // Gradients of sum(weights * nll) along with nll: what needs the logits once. need_weight asks for the bias's too.
+  m.def(
+      "linear_nll_sweep(Tensor weights, Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
+      "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // The module itself is empty: importing it runs the registrations above.

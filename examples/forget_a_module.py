@@ -79,7 +79,7 @@ class Settings:
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    plan = {"steps": options.steps, "found": 64, "seed": options.seed, "yardstick": min(8, options.steps)}
+    plan = {"steps": options.steps, "found": 64, "seed": options.seed, "yardstick": min(5, options.steps)}
     if not options.quick:
         return Settings(Shape(), Training(steps=options.train_steps, seed=options.seed), plan)
     shape = Shape(vocabulary=1024, context=32, width=32, layers=1, heads=2)

@@ -39,10 +39,16 @@ def linear_nll_backward() -> Arguments:
     return randn(len(h), seed=3), h, weight, bias, labels, lse, ignore_index, True, True
 
 
+def linear_nll_sweep() -> Arguments:
+    arguments = sample("linear_nll")
+    return randn(len(arguments[0]), seed=3), *arguments, True
+
+
 # Raw operators that a public one is made of: the others take its sample.
 PARTS = {
     "linear_nll_forward": partial(sample, "linear_nll"),
     "linear_nll_backward": linear_nll_backward,
+    "linear_nll_sweep": linear_nll_sweep,
 }
 WHOLE = {name: o.impls["cpp"].call for name, o in REGISTRY.items()}
 RAW = {
@@ -66,6 +72,7 @@ EMPTIED = {
     "topk": (0,),
     "linear_nll_forward": (0, 3),
     "linear_nll_backward": (0, 1, 4, 5),
+    "linear_nll_sweep": (0, 1, 4),
 }
 RAW_OPERATORS = pytest.mark.parametrize("name", RAW)
 

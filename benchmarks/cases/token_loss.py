@@ -102,7 +102,28 @@ def _nll_call(loss: Loss) -> Callable[[Head], Call]:
     return build
 
 
-def _npo_call(inputs: Head, loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
+def _mean_call(mean: Loss) -> Callable[[Head], Call]:
+    return lambda inputs: _loss_call(inputs, lambda h, W: mean(h, W, inputs.labels))
+
+
+def _ours_mean(h: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+    from unlearn_kernels import token_loss
+
+    return token_loss.linear_nll(h, W, labels, reduction="mean")
+
+
+def eager_mean(h: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the tokens that count, through materialised logits."""
+    return functional.cross_entropy((h @ W.T).float().flatten(0, 1), labels.flatten())
+
+
+def torch_chunked_mean(h: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's own chunked operator, which makes gradients along with the mean."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK)
+    return functional.linear_cross_entropy(h.flatten(0, 1), W, labels.flatten(), options=options)
+
+
+def _loss_call(inputs: Head, loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
     h, W = (t.detach().requires_grad_() for t in (inputs.h, inputs.W))
 
     def run() -> Gradients:
@@ -113,13 +134,15 @@ def _npo_call(inputs: Head, loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
 
 
 def _npo_of(loss: Loss) -> Callable[[Head], Call]:
-    return lambda inputs: _npo_call(inputs, lambda h, W: npo(loss(h, W, inputs.labels), inputs.reference_nll))
+    return lambda inputs: _loss_call(
+        inputs, lambda h, W: npo(loss(h, W, inputs.labels), inputs.reference_nll)
+    )
 
 
 def _ours_npo(inputs: Head) -> Call:
     from unlearn_kernels import token_loss
 
-    return _npo_call(
+    return _loss_call(
         inputs, lambda h, W: token_loss.npo(h, W, inputs.labels, inputs.reference_nll, beta=_BETA)
     )
 
@@ -162,6 +185,13 @@ def _nll64(inputs: Head) -> Gradients:
     return _gradients64(inputs, inputs.upstream)
 
 
+def _mean64(inputs: Head) -> Gradients:
+    kept = (inputs.labels != -100).double()
+    share = kept / kept.sum()
+    found = _gradients64(inputs, share)
+    return Gradients((found.loss * share).sum(), found.h, found.W)
+
+
 def _npo64(inputs: Head) -> Gradients:
     nll = _nll_only64(inputs).requires_grad_()
     value = npo(nll, inputs.reference_nll.double())
@@ -196,12 +226,30 @@ _NLL = (
     Provider("torch linear_cross_entropy, chunked", _nll_call(torch_chunked)),
     Provider("torch checkpoint, 128 tokens", _nll_call(recomputed)),
 )
+_MEAN = (
+    Provider("unlearn_kernels", _mean_call(_ours_mean), "ours"),
+    Provider("torch eager", _mean_call(eager_mean), "plain"),
+    Provider("torch.compile", lambda x: _mean_call(compiled(eager_mean))(x), compiled=True),
+    Provider("torch linear_cross_entropy, chunked", _mean_call(torch_chunked_mean)),
+)
 _NPO = (
     Provider("unlearn_kernels", _ours_npo, "ours"),
     Provider("torch eager", _npo_of(eager), "plain"),
     Provider("torch.compile", lambda x: _npo_of(compiled(eager))(x), compiled=True),
     Provider("liger chunked, a sequence at a time", _liger_npo, requires=("liger_kernel",)),
 )
+
+
+class _Kind(NamedTuple):
+    reference: Callable[[Head], Gradients]
+    providers: tuple[Provider, ...]
+
+
+_KINDS = {
+    "linear_nll": _Kind(_nll64, _NLL),
+    "linear_nll_mean": _Kind(_mean64, _MEAN),
+    "npo": _Kind(_npo64, _NPO),
+}
 
 
 def _case(
@@ -217,9 +265,9 @@ def _case(
             flops=6 * B * T * V * d,
             bytes=3 * head + 2 * B * T * d * dtype.itemsize,
             make=_make(B, T, d, V, dtype),
-            reference=_nll64 if kind == "linear_nll" else _npo64,
+            reference=_KINDS[kind].reference,
             error=_error,
-            providers=_NLL if kind == "linear_nll" else _NPO,
+            providers=_KINDS[kind].providers,
             bound=1e-6 if dtype == torch.float32 else 2.0**-8,
             peer_bound=5e-2,
             relative_to="torch eager",
@@ -234,5 +282,8 @@ for _dtype in (torch.float32, torch.bfloat16):
     if _dtype == torch.float32:
         _case("linear_nll", "V32000", 4, 256, 768, 32_000, _dtype, _small)
         _case("linear_nll", "V262144", 2, 512, 640, 262_144, _dtype, _small)
+        _small_mean = _case("linear_nll_mean", "small", 2, 64, 128, 4000, _dtype, None)
+        _case("linear_nll_mean", "V32000", 4, 256, 768, 32_000, _dtype, _small_mean)
+        _case("linear_nll_mean", "V262144", 2, 512, 640, 262_144, _dtype, _small_mean)
         _small_npo = _case("npo", "small", 2, 64, 128, 4000, _dtype, None)
         _case("npo", "V32000", 4, 256, 768, 32_000, _dtype, _small_npo)

@@ -32,12 +32,36 @@ std::tuple<Tensor, Tensor, Tensor> linear_nll_backward(const Tensor& grad, const
   Tensor d_weight = torch::stable::new_empty(weight, {need_weight ? weight.size(0) : 0, weight.size(1)});
   Tensor d_bias = torch::stable::new_empty(bias ? *bias : weight, {bias ? weight.size(0) : 0});
   const LinearHead x = head_of(h, weight, bias, rows);
-  NllBackward p{x, grads.const_data_ptr(), lses.const_data_ptr()};
-  if (need_h) p.d_h = d_h.mutable_data_ptr();
-  if (need_weight) p.d_weight = d_weight.mutable_data_ptr();
-  if (bias) p.d_bias = d_bias.mutable_data_ptr();
+  NllBackward p{x, {grads.const_data_ptr()}, lses.const_data_ptr()};
+  if (need_h) p.gradients.d_h = d_h.mutable_data_ptr();
+  if (need_weight) p.gradients.d_weight = d_weight.mutable_data_ptr();
+  if (bias) p.gradients.d_bias = d_bias.mutable_data_ptr();
   kernels().token_loss.nll_backward(p, pool_for(6 * logit_work(x)));
   return {d_h, d_weight, d_bias};
+}
+
+// The negative log-likelihoods, and gradients of sum(weights * nll) with them, from one product for the logits.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_nll_sweep(const Tensor& weights, const Tensor& h, const Tensor& weight,
+                                                            const std::optional<Tensor>& bias, const Tensor& labels,
+                                                            int64_t ignore_index, bool need_weight) {
+  check_head("linear_nll", h, weight, bias, labels);
+  STD_TORCH_CHECK(weights.numel() == labels.numel() && weights.scalar_type() == result_type(h),
+                  "linear_nll_sweep: weights must have the shape of labels and the accumulation type");
+  STD_TORCH_CHECK(!need_weight || (weight.scalar_type() == result_type(h) &&
+                                   (!bias || bias->scalar_type() == result_type(h))),
+                  "linear_nll_sweep: a head in half precision has no gradient here");
+  const Rows rows = kept_rows("linear_nll", h, labels, ignore_index, weight.size(0));
+  const Tensor grads = torch::stable::contiguous(weights);
+  Tensor nll = torch::stable::new_zeros(h, labels.sizes(), result_type(h));
+  Tensor d_h = torch::stable::new_zeros(h, h.sizes());
+  Tensor d_weight = torch::stable::new_empty(weight, {need_weight ? weight.size(0) : 0, weight.size(1)});
+  Tensor d_bias = torch::stable::new_empty(bias ? *bias : weight, {bias && need_weight ? weight.size(0) : 0});
+  const LinearHead x = head_of(h, weight, bias, rows);
+  NllSweep p{x, {grads.const_data_ptr(), d_h.mutable_data_ptr()}, nll.mutable_data_ptr()};
+  if (need_weight) p.gradients.d_weight = d_weight.mutable_data_ptr();
+  if (need_weight && bias) p.gradients.d_bias = d_bias.mutable_data_ptr();
+  kernels().token_loss.nll_sweep(p, pool_for(6 * logit_work(x)));
+  return {nll, d_h, d_weight, d_bias};
 }
 
 }  // namespace
@@ -45,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_nll_backward(const Tensor& grad, const
 STABLE_TORCH_LIBRARY_IMPL(unlearn_kernels, CPU, m) {
   m.impl("linear_nll_forward", TORCH_BOX(&linear_nll_forward));
   m.impl("linear_nll_backward", TORCH_BOX(&linear_nll_backward));
+  m.impl("linear_nll_sweep", TORCH_BOX(&linear_nll_sweep));
 }
 
 }  // namespace uk

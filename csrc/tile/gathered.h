@@ -61,17 +61,16 @@ struct GatheredColumns {
   }
 };
 
-// The rows of a product, packed once for all of its column tiles: [block of the reduction][strip][step][lane].
-template <class T>
+// One side of a product, packed once for all of its tiles: [block of the reduction][strip][step][lane].
+template <class T, int kStrip>
 class Prepacked {
  public:
   template <class Source>
   Prepacked(const Source& source, int64_t outers, int64_t depth, const uk::Pool& pool)
       : lanes_(round_up(outers, kStrip)), memory_(lanes_ * depth) {
-    const int64_t blocks = (outers + B::kRowBlock - 1) / B::kRowBlock;
-    pool.each(blocks, [&](int64_t block, int) {
-      const int64_t outer = block * B::kRowBlock;
-      const int64_t height = outers - outer < B::kRowBlock ? outers - outer : B::kRowBlock;
+    constexpr int64_t kShare = 16 * kStrip;
+    pool.each((outers + kShare - 1) / kShare, [&](int64_t share, int) {
+      const int64_t outer = share * kShare, height = outers - outer < kShare ? outers - outer : kShare;
       for (int64_t k = 0; k < depth; k += B::kDepth) {
         const int64_t steps = depth - k < B::kDepth ? depth - k : B::kDepth;
         source.template pack<T, kStrip>(memory_.get() + lanes_ * k + outer * steps, outer, height, k, steps);
@@ -79,20 +78,14 @@ class Prepacked {
     });
   }
 
+  // Strips from a multiple of kStrip on; k begins a block of the reduction that is `depth` long.
   template <class>
-  int64_t rows_in_place(int64_t outers, int64_t) const {
-    return round_up(outers, kStrip);
-  }
-  template <class>
-  const T* rows(int64_t outer, int64_t k, int64_t depth) const {
+  const T* strips(int64_t outer, int64_t k, int64_t depth) const {
     return memory_.get() + lanes_ * k + outer * depth;
   }
-  template <class, int>
-  void pack(T*, int64_t, int64_t, int64_t, int64_t) const {}
 
  private:
   using B = Block<T>;
-  static constexpr int kStrip = B::kRows;
   int64_t lanes_;
   uk::Scratch<T> memory_;
 };

@@ -15,6 +15,16 @@ struct LinearHead {
   const int64_t* positions;  // which row of the outputs it is
   const int64_t* labels;
   int64_t rows, features, vocabulary;
+
+  // The same head with some of its rows.
+  LinearHead part(int64_t begin, int64_t count) const {
+    LinearHead x = *this;
+    x.offsets += begin;
+    x.positions += begin;
+    x.labels += begin;
+    x.rows = count;
+    return x;
+  }
 };
 
 }  // namespace uk

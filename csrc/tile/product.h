@@ -27,6 +27,12 @@ inline constexpr bool kHasRows = false;
 template <class P, class Source>
 inline constexpr bool kHasRows<P, Source, std::void_t<decltype(&Source::template rows<P>)>> = true;
 
+// Whether a source holds its strips packed.
+template <class P, class Source, class = void>
+inline constexpr bool kHasStrips = false;
+template <class P, class Source>
+inline constexpr bool kHasStrips<P, Source, std::void_t<decltype(&Source::template strips<P>)>> = true;
+
 template <class P, class SourceA, class SourceB, class Epilogue>
 void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t depth, const Panels<P>& panels,
              Epilogue&& epilogue) {
@@ -40,14 +46,18 @@ void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t
     const int64_t size = depth - k < kBlock ? depth - k : kBlock;
     const int64_t steps = (size + PanelTraits<P>::kSteps - 1) / PanelTraits<P>::kSteps;
     const bool first = k == 0, last = k + size == depth;
-    b.template pack<P, B::kCols>(panels.b, cols.begin, cols.size, k, size);
+    const P* columns = panels.b;
+    if constexpr (kHasStrips<P, SourceB>)
+      columns = b.template strips<P>(cols.begin, k, size);
+    else
+      b.template pack<P, B::kCols>(panels.b, cols.begin, cols.size, k, size);
     for (int64_t block = 0; block < rows.size; block += most) {
       const int64_t height = rows.size - block < most ? rows.size - block : most;
       // All columns for the rows from `begin` of the block to `end`.
       const auto sweep = [&](int64_t begin, int64_t end, auto&& rows_at) {
         for (int64_t j = 0; j < cols.size; j += B::kCols)
           for (int64_t i = begin; i < end; i += B::kRows)
-            epilogue.tile(rows_at(i), panels.b + j * steps, steps, block + i, j, first, last);
+            epilogue.tile(rows_at(i), columns + j * steps, steps, block + i, j, first, last);
       };
       const int64_t outer = rows.begin + block;
       int64_t in_place = 0;

@@ -16,7 +16,8 @@ struct TileGrid {
     return {rows, cols, even(rows, most_rows, Block<P>::kRows), even(cols, most_cols, Block<P>::kCols)};
   }
   int64_t across() const { return (cols + tile_cols - 1) / tile_cols; }
-  int64_t count() const { return (rows + tile_rows - 1) / tile_rows * across(); }
+  int64_t down() const { return (rows + tile_rows - 1) / tile_rows; }
+  int64_t count() const { return down() * across(); }
   Range row_range(int64_t tile) const { return clip(tile / across() * tile_rows, tile_rows, rows); }
   Range col_range(int64_t tile) const { return clip(tile % across() * tile_cols, tile_cols, cols); }
 

@@ -74,10 +74,24 @@ inline void store_halves(Words x, uint16_t* p) {
 #endif
 }
 
-// The bf16 nearest to each lane, in its upper half; anything in the lower.
-inline Words round_to_bf16(Vec<float> v) {
+// The bf16 nearest to each lane, in its upper half; anything in the lower. `round_number`: unless the lane is NaN.
+inline Words round_number(Vec<float> v) {
   const Words bits = (Words)v;
-  return v == v ? bits + (((bits >> 16) & 1) + 0x7fff) : bits | 0x400000;
+  return bits + (((bits >> 16) & 1) + 0x7fff);
+}
+inline Words round_to_bf16(Vec<float> v) { return v == v ? round_number(v) : (Words)v | 0x400000; }
+
+// Whether some lane of either is NaN.
+inline bool any_nan(Vec<float> a, Vec<float> b) {
+#if UK_X86 && UK_BITS == 512
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) != 0;
+#elif UK_X86 && UK_BITS == 256
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+#else
+  int found = 0;
+  for (int i = 0; i < kLanes<float>; ++i) found |= (a[i] != a[i]) | (b[i] != b[i]);
+  return found != 0;
+#endif
 }
 inline void store_rounded(Vec<float> v, bf16* p) { store_halves(round_to_bf16(v) >> 16, &p->bits); }
 inline void store_rounded(Vec<float> v, f16* p) {
@@ -122,10 +136,16 @@ inline void load_group(const S* p, Vec<T>* x) {
 }
 template <class T, class S>
 inline void store_group(S* p, const Vec<T>* x) {
-  if constexpr (kGroup<T, S> == 2)
-    *reinterpret_cast<WordsInMemory*>(p) = (round_to_bf16(x[0]) >> 16) | (round_to_bf16(x[1]) & 0xffff0000u);
-  else
+  if constexpr (kGroup<T, S> == 2) {
+    Words low = round_number(x[0]), high = round_number(x[1]);
+    if (__builtin_expect(any_nan(x[0], x[1]), false)) {
+      low = round_to_bf16(x[0]);
+      high = round_to_bf16(x[1]);
+    }
+    *reinterpret_cast<WordsInMemory*>(p) = (low >> 16) | (high & 0xffff0000u);
+  } else {
     store_as<S, T>(p, x[0]);
+  }
 }
 
 // Adds lanes of T to lanes of double.

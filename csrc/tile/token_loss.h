@@ -12,18 +12,30 @@ struct NllForward {
 };
 
 // Gradients of sum_t grad_t nll_t in the dtypes of what they belong to; null where not wanted.
+struct HeadGradients {
+  const void* grad;  // at positions of a float (double) array
+  void* d_h;         // (.., features) contiguous, rows at positions
+  void* d_weight;    // (vocabulary, features) contiguous
+  void* d_bias;      // (vocabulary,)
+};
+
 struct NllBackward {
   LinearHead head;
-  const void* grad;
+  HeadGradients gradients;
   const void* lse;
-  void* d_h;       // (.., features) contiguous, rows at positions
-  void* d_weight;  // (vocabulary, features) contiguous
-  void* d_bias;    // (vocabulary,)
+};
+
+// Forward and gradients in one sweep, some rows at a time. d_weight and d_bias in the accumulation type only.
+struct NllSweep {
+  LinearHead head;
+  HeadGradients gradients;
+  void* nll;
 };
 
 struct TokenLossKernels {
   void (*nll_forward)(const NllForward&, const Pool&);
   void (*nll_backward)(const NllBackward&, const Pool&);
+  void (*nll_sweep)(const NllSweep&, const Pool&);
 };
 
 }  // namespace uk

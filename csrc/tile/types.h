@@ -47,6 +47,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t count) : data_(allocate(count)) {}
   ~Scratch() { std::free(data_); }
+  Scratch(Scratch&& other) : data_(other.data_) { other.data_ = nullptr; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }

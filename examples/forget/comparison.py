@@ -11,7 +11,7 @@ import torch
 
 from .corpus import Split
 from .progress import bar
-from .training import batches_by_length, random_batches
+from .training import Progress, batches_by_length, random_batches
 from .unlearning import Step
 from .worker import Setup, Worker
 
@@ -28,7 +28,7 @@ class Plan:
     steps: int
     found: int  # texts to take from influence, and forget
     yardstick: int  # steps that are done in float64 as well
-    index_tokens: int = 4096
+    index_tokens: int = 2048
     index_texts: int = 64  # at once, whose gradients are in memory
     forget_texts: int = 16
     retain_tokens: int = 2048
@@ -59,15 +59,32 @@ class Comparison:
         self.measured = asdict(plan.split)
         self.measured["retain"] = plan.split.retain[:: max(1, len(plan.split.retain) // TEXTS_FOR_RETAIN_NLL)]
 
-    def measure(self, when: str) -> None:
-        for name, outcome in self.outcomes.items():
-            outcome.nll[when] = {texts: self._nll(name, texts) for texts in self.measured}
+    def measure_before(self) -> None:
+        """By one worker for all: they hold the same model, and measure it with the same code."""
+        first = next(iter(self.workers))
+        with bar("likelihoods before") as progress:
+            seen = self._likelihoods(first, progress, 0, len(self.measured))
+        for outcome in self.outcomes.values():
+            outcome.nll["before"] = seen
+
+    def measure_after(self) -> None:
+        total = len(self.workers) * len(self.measured)
+        with bar("likelihoods after") as progress:
+            for place, (name, outcome) in enumerate(self.outcomes.items()):
+                outcome.nll["after"] = self._likelihoods(name, progress, place * len(self.measured), total)
+
+    def _likelihoods(self, name: str, progress: Progress, done: int, total: int) -> dict[str, float]:
+        seen = {}
+        for texts in self.measured:
+            seen[texts] = self._nll(name, texts)
+            progress(done + len(seen), total, "")
+        return seen
 
     def _nll(self, name: str, texts: str) -> float:
         return self.workers[name].call("nll", self.measured[texts])[0]
 
     def _trace(self, step: int) -> None:
-        """A point of each held-out curve."""
+        """A point of each held-out curve, between the first and the last, which are measured anyway."""
         for name, outcome in self.outcomes.items():
             nll = {texts: self._nll(name, texts) for texts in ("queries", "validation")}
             outcome.curve.append({"step": step, **nll})
@@ -92,7 +109,7 @@ class Comparison:
             self.outcomes[name].found = [texts[place] for place in places]
         return next(iter(self.outcomes.values())).found[: self.plan.found]
 
-    def forget(self, texts: Sequence[int], steps: int) -> None:
+    def forget(self, texts: Sequence[int], steps: int, title: str = "unlearning") -> None:
         """Unlearning steps on `texts`, with all other training texts to be retained."""
         chosen = set(texts)
         kept = [i for i in self.plan.split.train if i not in chosen]
@@ -100,11 +117,11 @@ class Comparison:
         retain = self._schedule(kept, self.plan.seed + 2, by_length=True)
         self._each("begin_unlearning")
         self._each("reference", sorted(chosen), phase="unlearning")
-        with bar("unlearning") as progress:
+        with bar(title) as progress:
             for step in range(steps):
                 for name, seen in self._each("step", forget[step], retain[step], phase="unlearning").items():
                     self.outcomes[name].steps.append(seen)
-                if (step + 1) % self.plan.measure_every == 0:
+                if (step + 1) % self.plan.measure_every == 0 and step + 1 < steps:
                     self._trace(step + 1)
                 if step + 1 in (self.plan.yardstick, steps):
                     for name, weights in self._each("weights").items():
@@ -145,15 +162,15 @@ def compare(setup: Setup, plan: Plan) -> tuple[dict[str, Outcome], list[int]]:
     """The job with the kernels and without, and its first steps in float64; and the texts forgotten."""
     workers = {"kernels": Worker(setup), "plain": Worker(replace(setup, kernels=False))}
     comparison = Comparison(workers, plan)
-    comparison.measure("before")
+    comparison.measure_before()
     texts = comparison.find()
     comparison.forget(texts, plan.steps)
-    comparison.measure("after")
+    comparison.measure_after()
     for worker in workers.values():
         worker.close()
 
     exact = Worker(replace(setup, kernels=False, dtype=torch.float64))
     yardstick = Comparison({"float64": exact}, replace(plan, measure_every=plan.steps + 1))
-    yardstick.forget(texts, plan.yardstick)
+    yardstick.forget(texts, plan.yardstick, "unlearning in float64")
     exact.close()
     return comparison.outcomes | yardstick.outcomes, texts

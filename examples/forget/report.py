@@ -191,7 +191,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
     styles = {"kernels": {"color": "C0"}, "plain": {"color": "C1", "linestyle": "--"}}
     for name, run in report["runs"].items():
-        points = [{"step": 0, **run["nll"]["before"]}, *run["curve"]]
+        points = [
+            {"step": 0, **run["nll"]["before"]},
+            *run["curve"],
+            {"step": len(run["steps"]), **run["nll"]["after"]},
+        ]
         for texts, marker in (("queries", "o"), ("validation", "s")):
             label = f"{_TEXTS[texts].format(module=report['module'])} ({name})"
             axes[0, 0].plot(

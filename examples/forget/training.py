@@ -83,7 +83,7 @@ def train(
 
 
 @torch.no_grad()
-def nll_per_token(model: GPT, sequences: Sequence[Tensor], tokens: int = 4096) -> float:
+def nll_per_token(model: GPT, sequences: Sequence[Tensor], tokens: int = 2048) -> float:
     """Mean negative log-likelihood over all tokens of `sequences`, in nats; in plain PyTorch."""
     total, count = 0.0, 0
     for batch in batches_by_length([len(s) for s in sequences], tokens):

@@ -22,7 +22,7 @@ from .training import batches_by_length
 
 @dataclass(frozen=True)
 class Recipe:
-    beta: float = 0.05  # NPO's inverse temperature
+    beta: float = 0.035  # NPO's inverse temperature
     clip: float = 1.0  # largest norm of a sample's gradient
     strength: float = 1.0  # of the forget gradient against the retain gradient
     rate: float = 0.1

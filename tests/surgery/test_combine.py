@@ -44,9 +44,9 @@ def test_mixed_dtypes_write_the_dtype_of_the_first_set(dtypes: tuple[torch.dtype
         assert torch.equal(flat(before), flat(after))
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1023, 1025, 16385])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1023, 1025, 2049, 4111, 16385, 16384 + 2065])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("sets", [2, 6])
+@pytest.mark.parametrize("sets", [1, 2, 3, 6])
 def test_odd_sizes_touch_nothing_else(n: int, dtype: torch.dtype, sets: int) -> None:
     memory = torch.full((n + 64,), 7.0, dtype=dtype)
     g = [[randn(n, dtype=dtype, seed=k)] for k in range(sets)]
@@ -90,6 +90,18 @@ def test_rounding_of_halves_is_torchs(dtype: torch.dtype) -> None:
         source = x.view(shape) if len(shape) == 1 else x.view(shape).T.contiguous().T
         surgery.combine_([[out], [source]], (0.0, 1.0))
         assert torch.equal(out, x.view(shape).to(dtype))
+
+
+def test_nan_among_bfloat16_stays_nan_and_alone() -> None:
+    """Whole vectors are rounded as if they held numbers, unless they do not."""
+    bits = torch.tensor([0x7F81, -0x7F, 0x7FFF, -1, 0x7FC0, 0x7F80, -0x80, 0x7F7F], dtype=torch.int16)
+    x = randn(5000, dtype=torch.bfloat16)
+    places = torch.arange(0, 5000, 97)
+    x[places] = bits.view(torch.bfloat16).repeat(8)[: len(places)]
+    out = torch.zeros_like(x)
+    surgery.combine_([[out], [x]], (0.0, 2.0))
+    torch.testing.assert_close(out, 2 * x, rtol=0, atol=0, equal_nan=True)
+    assert out.isnan().sum() > 25
 
 
 def test_same_tensor_in_both_sets() -> None:

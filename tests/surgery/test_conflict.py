@@ -240,6 +240,8 @@ def test_errors_name_the_argument() -> None:
         surgery.project_conflict_([x, None, x], [x, x, randn(4)])
     with pytest.raises(ValueError, match=r"forget\[0\] must be float32, .* got torch.int64"):
         surgery.project_conflict_([x.long()], [x])
+    with pytest.raises(ValueError, match=r"retain\[2\] must be float32, .* got torch.int64"):
+        surgery.project_conflict_([x, None, x], [x, x, x.long()])
     with pytest.raises(ValueError, match="rule must be 'agem', got 'pcgrad'"):
         surgery.project_conflict_([x], [x], rule="pcgrad")
     with pytest.raises(ValueError, match="scope must be 'global', got 'row'"):

@@ -55,6 +55,16 @@ def test_odd_sizes(n: int, dtype: torch.dtype) -> None:
         assert entry_error(surgery.gramian(g), exact) < PROMISED
 
 
+@pytest.mark.parametrize("n", [2047, 2048, 4095, 4097, 14_000, 16384 + 2047, 16384 + 2049, 16384 + 4096 + 5])
+@pytest.mark.parametrize("sets", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_element_counts_once(n: int, sets: int, dtype: torch.dtype) -> None:
+    """Blocks are read in several ranges side by side, whose ends meet at none of these sizes."""
+    g = [[(torch.arange(n) % 7 == k).to(dtype)] for k in range(sets)]
+    count = torch.tensor([float(x[0].double().sum()) for x in g], dtype=torch.float64)
+    assert torch.equal(surgery.gramian(g), torch.diag(count))
+
+
 @pytest.mark.parametrize("shape", [(70, 33), (5, 4000), (4000, 5), (1, 9), (129, 257)])
 @pytest.mark.parametrize("sets", [2, 5])
 def test_strides(shape: tuple[int, int], sets: int) -> None:
@@ -152,7 +162,9 @@ def test_errors_name_the_argument() -> None:
             r"sets\[1\]\[0\] must be float32, float64, bfloat16 or float16, got torch.int64",
             [[x], [torch.ones(3).long()]],
         ),
+        (r"sets\[0\]\[1\] must be float32, .* got torch.bool", [[x, x > 0], [x, x]]),
         (r"sets\[1\]\[0\] must be on cpu like the first tensor, got meta", [[x], [x.to("meta")]]),
+        (r"sets\[0\] and sets\[1\] must have the same length, got 0 and 2", [[], [x, x]]),
     ]
     for message, sets in cases:
         with pytest.raises(ValueError, match=message):

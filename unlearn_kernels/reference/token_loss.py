@@ -57,3 +57,20 @@ def linear_nll_backward(
     )
     d_bias = weight.new_empty(0) if bias is None else p.sum(0).to(bias.dtype)
     return d_h, d_weight, d_bias
+
+
+def linear_nll_sweep(
+    weights: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The negative log-likelihoods, and the gradients of their sum with these weights."""
+    nll, lse = linear_nll_forward(h, weight, bias, labels, ignore_index)
+    d_h, d_weight, d_bias = linear_nll_backward(
+        weights, h, weight, bias, labels, lse, ignore_index, True, need_weight
+    )
+    return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0]

@@ -7,31 +7,75 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _loader, _ops
-from unlearn_kernels._backends import FLOATS
+from unlearn_kernels._backends import FLOATS, REGISTRY, Backend, select
 
 T = TypeVar("T")
 
 
-def check(
-    names: Sequence[str], lists: Sequence[Sequence[Tensor]], places: Sequence[int] | None = None
-) -> list[Tensor]:
-    """One tensor of each dtype and device, having checked that the lists agree.
+def names_of(sets: Sequence[Any]) -> list[str]:
+    """What error messages call each of `sets`."""
+    return [f"sets[{k}]" for k in range(len(sets))]
+
+
+def kernel(
+    operator: str,
+    backend: Backend | None,
+    names: Sequence[str],
+    lists: Sequence[Sequence[Tensor]],
+    places: Sequence[int] | None = None,
+) -> Callable[..., Any]:
+    """The implementation of `operator` for these lists, not all empty, having checked that they agree.
+
+    The C++ kernels look at shapes and dtypes themselves. Hundreds of tensors are therefore not gone through
+    here, which would take as long as reading a few million elements, unless a kernel refuses.
 
     Args:
+        operator: its name in the registry.
+        backend: what the caller asked for.
         names: what the caller knows the lists as.
         lists: as many lists of tensors.
         places: where the tensors stood in the caller's lists, if some were left out.
 
     Raises:
-        ValueError: if the lists differ in length or in a tensor's shape, or hold what is no floating-point
-            tensor of one device.
+        ValueError: here or when the kernel is called, if the lists differ in length or in a tensor's shape,
+            or hold what is no floating-point tensor of one device.
     """
+    _check_lengths(names, lists)  # so that none is empty
+    first = lists[0][:1]
+    on_cpu = not torch.compiler.is_compiling() and all(x.is_cpu for tensors in lists for x in tensors)
+    if on_cpu and first[0].dtype in FLOATS:
+        call = select(operator, backend, first)
+        if call is REGISTRY[operator].impls["cpp"].call:
+            return _explained(call, names, lists, places)
+    return select(operator, backend, _check(names, lists, places))
+
+
+def _explained(call: Callable[..., Any], *lists: Any) -> Callable[..., Any]:
+    """`call`, whose refusal is told in the caller's words where the lists are what it refuses."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RuntimeError:
+            _check(*lists)
+            raise
+
+    return run
+
+
+def _check_lengths(names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
+    for name, tensors in zip(names[1:], lists[1:], strict=True):
+        if len(tensors) != len(lists[0]):
+            got = f"{len(lists[0])} and {len(tensors)}"
+            raise ValueError(f"{names[0]} and {name} must have the same length, got {got}")
+
+
+def _check(
+    names: Sequence[str], lists: Sequence[Sequence[Tensor]], places: Sequence[int] | None
+) -> list[Tensor]:
+    """One tensor of each dtype and device, having checked shapes, dtypes and devices."""
     first = lists[0]
     for name, tensors in zip(names[1:], lists[1:], strict=True):
-        if len(tensors) != len(first):
-            raise ValueError(
-                f"{names[0]} and {name} must have the same length, got {len(first)} and {len(tensors)}"
-            )
         for i, (a, b) in enumerate(zip(first, tensors, strict=True)):
             if a.shape != b.shape:
                 i = places[i] if places else i

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference import surgery as reference
 from unlearn_kernels.surgery import _lists
 
@@ -43,14 +43,14 @@ def _combine(
 ) -> Sequence[Tensor]:
     if not sets:
         raise ValueError("sets must hold at least one list of tensors, got none")
-    names = [f"sets[{k}]" for k in range(len(sets))]
-    kinds = _lists.check(names, sets)
+    names = _lists.names_of(sets)
+    call = _lists.kernel("combine", backend, names, sets) if any(sets) else None
     with torch.no_grad():
-        w = _weights(weights, len(sets), kinds[0].device if kinds else torch.device("cpu"))
+        w = _weights(weights, len(sets), sets[0][0].device if call else torch.device("cpu"))
         target = [torch.empty_like(x) for x in sets[0]] if out is None else list(out)
-        if not kinds:
+        if call is None:
             return target
-        call, flat = select("combine", backend, kinds), [x for tensors in sets for x in tensors]
+        flat = [x for tensors in sets for x in tensors]
         _lists.written(["sets[0]", *names], target, flat, lambda: call(target, flat, w))
     return target
 

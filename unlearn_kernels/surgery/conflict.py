@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference import surgery as reference
 from unlearn_kernels.surgery import _lists
 from unlearn_kernels.surgery.gramian import Scope
@@ -117,10 +117,9 @@ def project_conflict_(
     _lists.check_choice("rule", rule, tuple(_RULES))
     _lists.check_scope(scope)
     fs, rs, kept = _pairs(forget, retain)
-    kinds = _lists.check(_NAMES, (fs, rs), kept)
-    if not kinds:
+    if not fs:
         return Conflict(torch.zeros(2, 2, dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64))
-    call = select("project_conflict", backend, kinds)
+    call = _lists.kernel("project_conflict", backend, _NAMES, (fs, rs), kept)
     with torch.no_grad():
         found = _lists.written(_NAMES, fs, rs, lambda: call(fs, rs, _RULES[rule]), kept)
     return Conflict(*found)

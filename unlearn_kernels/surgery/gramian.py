@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference import surgery as reference
 from unlearn_kernels.surgery import _lists
 
@@ -61,8 +61,8 @@ def gramian(
     _lists.check_scope(scope)
     if not sets:
         raise ValueError("sets must hold at least one list of tensors, got none")
-    kinds = _lists.check([f"sets[{k}]" for k in range(len(sets))], sets)
-    if not kinds:
+    if not any(sets):
         return torch.zeros(len(sets), len(sets), dtype=torch.float64)
+    call = _lists.kernel("gramian", backend, _lists.names_of(sets), sets)
     with torch.no_grad():
-        return select("gramian", backend, kinds)([x for tensors in sets for x in tensors], len(sets))
+        return call([x for tensors in sets for x in tensors], len(sets))

@@ -53,7 +53,7 @@ class LinearNllBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        _refuse(ctx)
+        refuse(ctx)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Backward, tuple[int, ...]]:
@@ -79,7 +79,8 @@ def _gradients(call: Callable[..., Backward], ctx: Any, grad: Tensor) -> tuple[T
     )
 
 
-def _refuse(*_: Any) -> None:
+def refuse(*_: Any) -> None:
+    """Second derivatives would be missing terms."""
     raise RuntimeError(
         "linear_nll: gradients of gradients are not implemented; use backend='reference' for them"
     )
@@ -93,7 +94,7 @@ def _batched_forward(
         h, weight, bias, labels, ignore_index = args
         h, labels = (_in_front(x, dim, info) for x, dim in ((h, in_dims[0]), (labels, in_dims[3])))
         return call(h, weight, bias, labels, ignore_index), (0, 0)
-    return _one_by_one(call, info, in_dims, args), (0, 0)
+    return one_by_one(call, info, in_dims, args), (0, 0)
 
 
 def _batched_backward(
@@ -107,7 +108,7 @@ def _batched_backward(
         d_h, d_weight, d_bias = call(grad, h, weight, bias, labels, lse, ignore_index, True, False)
         d_weight, d_bias = (x.expand(info.batch_size, *x.shape) for x in (d_weight, d_bias))
         return (d_h, d_weight, d_bias), (0, 0, 0)
-    return _one_by_one(call, info, in_dims, args), (0, 0, 0)
+    return one_by_one(call, info, in_dims, args), (0, 0, 0)
 
 
 def _in_front(x: Tensor, dim: int | None, info: Any) -> Tensor:
@@ -115,13 +116,17 @@ def _in_front(x: Tensor, dim: int | None, info: Any) -> Tensor:
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _one_by_one(
+def one_by_one(
     call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> Any:
+    """A call for each of the batch, stacked."""
+
     def item(index: int) -> list[Any]:
         return [x if dim is None else x.select(dim, index) for x, dim in zip(args, in_dims, strict=True)]
 
     results = [call(*item(index)) for index in range(info.batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
 
 
@@ -167,7 +172,7 @@ def _register() -> None:
     torch.library.register_autograd(
         forward, lambda ctx, grad, _: _gradients(BACKWARD, ctx, grad), setup_context=_setup_raw
     )
-    torch.library.register_autograd(backward, _refuse)
+    torch.library.register_autograd(backward, refuse)
     torch.library.register_vmap(
         forward, lambda info, dims, *args: _batched_forward(FORWARD, info, dims, args)
     )

@@ -1,16 +1,62 @@
 r"""Negative log-likelihoods of a linear head: `nll_t = logsumexp_v z_tv - z_{t, y_t}`, `z = h W^T + b`."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
 from unlearn_kernels.reference import token_loss as reference
+from unlearn_kernels.reference.dtypes import accumulation_dtype
+from unlearn_kernels.token_loss import _sweep
 from unlearn_kernels.token_loss._autograd import LinearNll
 
+Reduction = Literal["none", "sum", "mean"]
 
-def _kernels(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
-    return LinearNll.apply(h, weight, bias, labels, ignore_index)[0]
+
+def _kernels(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: Reduction = "none",
+) -> Tensor:
+    head = (weight, bias)
+    if _sweep.wants_gradient(h) and not _sweep.wants_gradient(*head):
+        return _reduced(
+            _sweep.frozen_nll(h, weight, bias, labels, ignore_index), labels, ignore_index, reduction
+        )
+    if reduction != "none" and _sweep.wants_gradient(h) and _sweep.in_accumulation_type(head):
+        shares = _shares(h, labels, ignore_index, reduction)
+        return _sweep.weighted_total(shares, h, weight, bias, labels, ignore_index)
+    nll = LinearNll.apply(h, weight, bias, labels, ignore_index)[0]
+    return _reduced(nll, labels, ignore_index, reduction)
+
+
+def _reference(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    reduction: Reduction = "none",
+) -> Tensor:
+    nll = reference.linear_nll(h, weight, bias, labels, ignore_index)
+    return _reduced(nll, labels, ignore_index, reduction)
+
+
+def _reduced(nll: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return nll
+    return nll.sum() if reduction == "sum" else nll.sum() / (labels != ignore_index).sum()
+
+
+def _shares(h: Tensor, labels: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """What each token counts in the reduction."""
+    kept = (labels != ignore_index).to(accumulation_dtype(h))
+    return kept if reduction == "sum" else kept / kept.sum()
 
 
 register(
@@ -21,7 +67,7 @@ register(
         {
             "cpp": Impl("cpp", _kernels, ("cpu",), FLOATS, _ops.no_extension),
             "triton": Impl("triton", _kernels, ("cuda",), FLOATS, _ops.no_triton_kernels),
-            "reference": Impl("reference", reference.linear_nll, ("cpu", "cuda")),
+            "reference": Impl("reference", _reference, ("cpu", "cuda")),
         },
         differentiable=True,
     )
@@ -35,6 +81,7 @@ def linear_nll(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: Reduction = "none",
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of each label under a linear head, with no logits in memory.
@@ -42,9 +89,13 @@ def linear_nll(
     .. math:: n_t = \log \sum_v e^{z_{tv}} - z_{t, y_t}, \qquad z_t = W h_t + b
 
     Nothing is shifted: row t of `h` is judged with label t. Differentiable once, to `h`, `W` and `bias`, for
-    any upstream gradient, through logits that are computed again:
+    any upstream gradient:
 
     .. math:: \partial n_t / \partial z_t = \mathrm{softmax}(z_t) - e_{y_t}
+
+    Backward computes the logits again (8 N d V FLOPs in all) unless one sweep can make the gradients ahead:
+    under `reduction` "sum" or "mean" with `W` and `bias` in float32 or float64 (6 N d V), and for a head that
+    takes no gradient, whatever the reduction (4 N d V).
 
     Rows whose label is ignored are left out of every product.
 
@@ -54,26 +105,30 @@ def linear_nll(
         labels: (*), integers in [0, V) or `ignore_index`.
         bias: (V,).
         ignore_index: the label of rows that do not count; they get 0, and no gradient.
+        reduction: "none"; "sum"; or "mean", over the rows that count (NaN if there are none, as in PyTorch).
         backend: see `unlearn_kernels.use_backend`.
 
     Returns:
-        (*), float32 (float64 for float64 inputs), accumulated in that type. Gradients come in the dtypes of
-        what they belong to. The same bits at every number of threads.
+        (*), or a scalar if reduced; float32 (float64 for float64 inputs), accumulated in that type. Gradients
+        come in the dtypes of what they belong to. The same bits at every number of threads.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit.
+        ValueError: if shapes, devices or dtypes do not fit, or `reduction` is unknown.
         RuntimeError: if a label is neither in [0, V) nor ignored (on CUDA such a row becomes NaN instead), or
             if a gradient is differentiated again.
 
     Scratch on the CPU for N rows that count, in elements of the accumulation type: `N d + N V / 96` forward;
-    `2 N d` and a block of logits, 8 MB or N x 384, backward; V with a bias; under 1 MB a thread.
+    `3 N d` and a block of logits, 8 MB or N x 384, backward; in one sweep `3 N d` and the logits of N / 6 rows
+    (8 MB or 64 rows if that is more); V with a bias; under 1 MB a thread.
 
     Sources: Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009); Hsu et al. 2024 (Liger Kernel,
     arXiv 2410.10989).
     """
     _check(h, W, labels, bias)
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
     tensors = (h, W) if bias is None else (h, W, bias)
-    return select("linear_nll", backend, tensors)(h, W, bias, labels.long(), ignore_index)
+    return select("linear_nll", backend, tensors)(h, W, bias, labels.long(), ignore_index, reduction)
 
 
 def _check(h: Tensor, W: Tensor, labels: Tensor, bias: Tensor | None) -> None:

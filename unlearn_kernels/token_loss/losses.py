@@ -96,7 +96,8 @@ def grad_diff(
 
     def mean(pair: tuple[Tensor, Tensor]) -> Tensor:
         h, labels = pair
-        nll = linear_nll(h, W, labels, bias=bias, ignore_index=ignore_index, backend=backend)
-        return nll.sum() / (labels != ignore_index).sum()
+        return linear_nll(
+            h, W, labels, bias=bias, ignore_index=ignore_index, reduction="mean", backend=backend
+        )
 
     return -gamma * mean(forget) + alpha * mean(retain)

@@ -322,6 +322,23 @@ def _add_gradients(
         )  # fmt: skip
 
 
+def linear_nll_sweep(
+    weights: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The raw operator: both directions one after the other, which on this device costs the logits twice."""
+    nll, lse = linear_nll_forward(h, weight, bias, labels, ignore_index)
+    d_h, d_weight, d_bias = linear_nll_backward(
+        weights, h, weight, bias, labels, lse, ignore_index, True, need_weight
+    )
+    return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0].clone()
+
+
 _ALIGNED: Final = ("features", "vocabulary", "h_r", "w_v", "p_r", "begin", "size", "split_cols", "rows_all")
 
 

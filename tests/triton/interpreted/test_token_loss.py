@@ -46,6 +46,16 @@ def check(arguments: tuple, **needs: bool) -> None:
         assert_as_exact_as(name, *tensors)
 
 
+@pytest.mark.parametrize("need_weight", [True, False])
+def test_sweep(need_weight: bool) -> None:
+    arguments = make((2, 5), 7, 11)
+    weights = randn(2, 5, seed=4)
+    actual, eager = (m.linear_nll_sweep(weights, *arguments, need_weight) for m in (kernels, reference))
+    exact = reference.linear_nll_sweep(weights.double(), *doubled(arguments), need_weight)
+    for name, *tensors in zip(("nll", "d_h", "d_weight", "d_bias"), actual, exact, eager, strict=True):
+        assert_as_exact_as(name, *tensors)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(make((2, 5), 7, 11, dtype))

@@ -1,0 +1,133 @@
+"""Gradients of `linear_nll` that are made along with it, where what multiplies them is known in advance.
+
+A sum or mean over the tokens has one unknown factor, and a frozen head leaves `d_h`, whose rows have a factor each.
+In both cases one product for the logits is enough, and backward only scales.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from unlearn_kernels import _loader, _ops
+from unlearn_kernels.reference.dtypes import accumulation_dtype
+from unlearn_kernels.token_loss._autograd import one_by_one, refuse
+
+SWEEP: Final = _ops.raw("linear_nll_sweep")
+
+Swept = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class NllAndGradients(torch.autograd.Function):
+    """(weights, h, weight, bias, labels, ignore_index, need_weight) -> (result, d_h, d_weight, d_bias).
+
+    With `need_weight` the result is sum(weights * nll), otherwise nll, of a head that takes no gradient.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Swept:
+        nll, *gradients = SWEEP(*args)
+        weights, need_weight = args[0], args[-1]
+        return (weights * nll).sum() if need_weight else nll, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
+        ctx.need_weight = inputs[-1]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[1:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
+        scaled = _product if torch.compiler.is_compiling() else Scaled.apply
+        if not ctx.need_weight:
+            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 5
+        d_h, d_weight, d_bias = (scaled(grad, x, *inputs) for x in (d_h, d_weight, d_bias))
+        return None, d_h, d_weight, None if inputs[2] is None else d_bias, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Swept, tuple[int, ...]]:
+        return one_by_one(NllAndGradients.apply, info, in_dims, args), (0, 0, 0, 0)
+
+
+class Scaled(torch.autograd.Function):
+    """`factor * gradient` in the gradient's dtype; refuses derivatives to what the gradient was made from."""
+
+    @staticmethod
+    def forward(factor: Tensor, gradient: Tensor, *made_from: Tensor | None) -> Tensor:
+        if _graph_is_kept():
+            return _product(factor, gradient)
+        if factor.numel() == 1 and factor.item() == 1:
+            return gradient
+        return gradient.mul_(factor)  # a head's gradient is large, and nobody will ask for it again
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        refuse(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return one_by_one(Scaled.apply, info, in_dims, args), 0
+
+
+def _product(factor: Tensor, gradient: Tensor, *_: Tensor | None) -> Tensor:
+    return (factor * gradient).to(gradient.dtype)
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may come again, so that what it holds must stay as it is."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or torch._C._current_graph_task_id() == -1 or ask()
+
+
+def weighted_total(
+    weights: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
+) -> Tensor:
+    """sum(weights * nll), its gradients in hand."""
+    return NllAndGradients.apply(weights, h, weight, bias, labels, ignore_index, True)[0]
+
+
+def frozen_nll(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
+    """nll of a head that takes no gradient, d_h in hand."""
+    ones = torch.ones(labels.shape, dtype=accumulation_dtype(h), device=h.device)
+    return NllAndGradients.apply(ones, h, weight, bias, labels, ignore_index, False)[0]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward to one of them may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def in_accumulation_type(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether gradients of some rows may be added to those of others in the tensors' own dtype."""
+    return all(x is None or x.dtype == accumulation_dtype(x) for x in tensors)
+
+
+def _fake(
+    weights: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    need_weight: bool,
+) -> Swept:
+    nll = h.new_empty(labels.shape, dtype=accumulation_dtype(h))
+    d_weight = weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1]))
+    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape[0] if need_weight else 0)
+    return nll, h.new_empty(h.shape), d_weight, d_bias
+
+
+def _triton(*args: Any) -> Swept:
+    from unlearn_kernels.triton_kernels import token_loss as kernels
+
+    return kernels.linear_nll_sweep(*args)
+
+
+if _loader.have_C:
+    _ops.register_raw("linear_nll_sweep", _fake, _triton)
