@@ -62,6 +62,11 @@ RAW = {
 # The arguments whose first dimension is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
+    "linear_dots": (0, 1),
+    "linear_weighted_sum": (0, 1, 2),
+    "linear_grads": (0, 1),
+    "linear_two_sided": (0, 1),
+    "linear_sketch": (0, 1),
     "lm_head_sqnorms": (0, 1, 2),
     "lm_head_dots": (0, 1, 2),
     "lm_head_tied_dots": (0, 1, 2, 3, 4),

@@ -18,6 +18,40 @@ def _linear_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
     return a, randn(3, 5, 4, dtype=dtype, seed=1, device=device), True, 0
 
 
+def _linear_dots(dtype: torch.dtype, device: str) -> Arguments:
+    a, g = randn(3, 5, 7, dtype=dtype, device=device), randn(3, 5, 4, dtype=dtype, seed=1, device=device)
+    other = (
+        randn(2, 6, 7, dtype=dtype, seed=2, device=device),
+        randn(2, 6, 4, dtype=dtype, seed=3, device=device),
+    )
+    return a, g, *other, False, True, 1
+
+
+def _linear_weighted_sum(dtype: torch.dtype, device: str) -> Arguments:
+    w = torch.tensor([0.5, -1.5, 2.0], dtype=accumulation_dtype(torch.empty(0, dtype=dtype)), device=device)
+    a, g, *_ = _linear_sqnorms(dtype, device)
+    return a, g, w, True
+
+
+def _linear_grads(dtype: torch.dtype, device: str) -> Arguments:
+    a, g, *_ = _linear_sqnorms(dtype, device)
+    return a, g, True
+
+
+def _linear_two_sided(dtype: torch.dtype, device: str) -> Arguments:
+    a, g, *_ = _linear_sqnorms(dtype, device)
+    left, right = (
+        randn(3, 4, dtype=dtype, seed=2, device=device),
+        randn(2, 7, dtype=dtype, seed=3, device=device),
+    )
+    return a, g, left, right, True
+
+
+def _linear_sketch(dtype: torch.dtype, device: str) -> Arguments:
+    a, g, *_ = _linear_sqnorms(dtype, device)
+    return a, g, True, 6, 3
+
+
 def _tensors(dtype: torch.dtype, device: str) -> list[Tensor]:
     shapes = ((5, 3), (7,), (5, 3), (7,))
     return [randn(*shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
@@ -80,6 +114,11 @@ def _lm_head_tied_dots(dtype: torch.dtype, device: str) -> Arguments:
 
 SAMPLES: Final[dict[str, Maker]] = {
     "linear_sqnorms": _linear_sqnorms,
+    "linear_dots": _linear_dots,
+    "linear_weighted_sum": _linear_weighted_sum,
+    "linear_grads": _linear_grads,
+    "linear_two_sided": _linear_two_sided,
+    "linear_sketch": _linear_sketch,
     "lm_head_sqnorms": _lm_head_sqnorms,
     "lm_head_dots": _lm_head_dots,
     "lm_head_tied_dots": _lm_head_tied_dots,

@@ -62,32 +62,36 @@ struct GatheredColumns {
 };
 
 // One side of a product, packed once for all of its tiles: [block of the reduction][strip][step][lane].
-template <class T, int kStrip>
+template <class P, int kStrip>
 class Prepacked {
  public:
   template <class Source>
   Prepacked(const Source& source, int64_t outers, int64_t depth, const uk::Pool& pool)
-      : lanes_(round_up(outers, kStrip)), memory_(lanes_ * depth) {
-    constexpr int64_t kShare = 16 * kStrip;
+      : lanes_(round_up(outers, kStrip)), memory_(lanes_ * steps(depth)) {
+    constexpr int64_t kShare = 16 * kStrip, kBlock = Block<P>::kDepth * kSteps;
     pool.each((outers + kShare - 1) / kShare, [&](int64_t share, int) {
       const int64_t outer = share * kShare, height = outers - outer < kShare ? outers - outer : kShare;
-      for (int64_t k = 0; k < depth; k += B::kDepth) {
-        const int64_t steps = depth - k < B::kDepth ? depth - k : B::kDepth;
-        source.template pack<T, kStrip>(memory_.get() + lanes_ * k + outer * steps, outer, height, k, steps);
+      for (int64_t k = 0; k < depth; k += kBlock) {
+        const int64_t size = depth - k < kBlock ? depth - k : kBlock;
+        source.template pack<P, kStrip>(at(outer, k, size), outer, height, k, size);
       }
     });
   }
 
   // Strips from a multiple of kStrip on; k begins a block of the reduction that is `depth` long.
   template <class>
-  const T* strips(int64_t outer, int64_t k, int64_t depth) const {
-    return memory_.get() + lanes_ * k + outer * depth;
+  const P* strips(int64_t outer, int64_t k, int64_t depth) const {
+    return at(outer, k, depth);
   }
 
  private:
-  using B = Block<T>;
+  static constexpr int64_t kSteps = PanelTraits<P>::kSteps;
+  static int64_t steps(int64_t depth) { return (depth + kSteps - 1) / kSteps; }
+  P* at(int64_t outer, int64_t k, int64_t depth) const {
+    return memory_.get() + lanes_ * steps(k) + outer * steps(depth);
+  }
   int64_t lanes_;
-  uk::Scratch<T> memory_;
+  uk::Scratch<P> memory_;
 };
 
 }  // namespace UK_ISA

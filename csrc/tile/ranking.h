@@ -60,23 +60,13 @@ struct Ranking {
   }
 };
 
-// Whether any element of a vector may enter a ranking with this threshold.
-template <class T, bool kLargest>
-inline bool any_passes(Vec<T> a, Vec<T> b, T threshold) {
-  const Vec<T> t = splat(threshold);
-  const auto out = kLargest ? (a < t) & (b < t) : (a > t) & (b > t);
-  uint64_t words[sizeof out / 8], all = ~uint64_t(0);
-  std::memcpy(words, &out, sizeof out);
-  for (uint64_t word : words) all &= word;
-  return all != ~uint64_t(0);
-}
-
-// C = A B; finished register tiles go to a ranking a row.
+// C = A B, rows of a store by queries; finished register tiles go to a ranking a query.
 template <class T, bool kLargest>
 struct Rank {
   T* c;
-  int64_t ldc, rows, cols, first_index;
+  int64_t ldc, rows, queries, first_index;
   Ranking<T, kLargest>* rankings;
+  T* thresholds;   // of the rankings, a lane each
   bool long_sums;  // adds up the blocks of the reduction apart, so that no chain of additions is long
 
   template <class P, class Rows>
@@ -91,18 +81,34 @@ struct Rank {
       for (int r = 0; r < R; ++r)
         for (int w = 0; w < N; w += W) store(at + r * ldc + w, load(at + r * ldc + w) + load(part + r * N + w));
     }
-    if (!last) return;
-    static_assert(N == 2 * W, "a row of a register tile is two vectors");
-    for (int64_t r = 0; r < (rows - i < R ? rows - i : R); ++r) {
-      const T* row = at + r * ldc;
-      if (any_passes<T, kLargest>(load(row), load(row + W), rankings[i + r].threshold())) offer(row, i + r, j);
-    }
+    if (last && any_passes(at, j)) offer(at, i, j);
   }
 
  private:
-  void offer(const T* row, int64_t i, int64_t j) {
-    for (int64_t n = 0; n < (cols - j < Block<T>::kCols ? cols - j : Block<T>::kCols); ++n)
-      rankings[i].push({row[n], first_index + j + n});
+  // Whether any element of a register tile may enter its ranking.
+  bool any_passes(const T* at, int64_t j) const {
+    constexpr int W = kLanes<T>;
+    typedef decltype(Vec<T>{} < Vec<T>{}) Mask;
+    Mask out = ~Mask{};
+    for (int w = 0; w < Block<T>::kCols; w += W) {
+      const Vec<T> limit = load(thresholds + j + w);
+      for (int r = 0; r < Block<T>::kRows; ++r) {
+        const Vec<T> x = load(at + r * ldc + w);
+        out &= kLargest ? x < limit : x > limit;
+      }
+    }
+    uint64_t words[sizeof out / 8], all = ~uint64_t(0);
+    std::memcpy(words, &out, sizeof out);
+    for (uint64_t word : words) all &= word;
+    return all != ~uint64_t(0);
+  }
+
+  void offer(const T* at, int64_t i, int64_t j) const {
+    for (int64_t q = j; q < queries && q < j + Block<T>::kCols; ++q) {
+      for (int64_t r = 0; r < Block<T>::kRows && i + r < rows; ++r)
+        rankings[q].push({at[r * ldc + q - j], first_index + i + r});
+      thresholds[q] = rankings[q].threshold();
+    }
   }
 };
 

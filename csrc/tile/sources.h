@@ -3,7 +3,8 @@
 // that writes round_up(outers, kStrip) / kStrip strips, [strip][step][kStrip], zero where outer (or, for pairs,
 // the depth) runs out. One whose rows need no packing, or not all of them, also has
 //   template <class P> int64_t rows_in_place(int64_t outers, int64_t depth) const, how many; whole register tiles
-//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes.
+//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes
+//   template <class P> void prefetch(int64_t outer, int64_t k, int64_t depth) const, for a register tile of rows.
 namespace UK_ISA {
 
 // Dense memory of any input type in either orientation, widened while it is packed.
@@ -21,6 +22,14 @@ struct Dense {
   RowsInPlace<P> rows(int64_t outer, int64_t k, int64_t) const {
     const uk::Operand at = m.from(outer * m.outer_stride + k);
     return {static_cast<const P*>(at.data), m.outer_stride / PanelTraits<P>::kSteps};
+  }
+  template <class P>
+  void prefetch(int64_t outer, int64_t k, int64_t depth) const {
+    for (int64_t i = 0; i < Block<P>::kRows; ++i) {
+      const uk::Operand row = m.from((outer + i) * m.outer_stride + k);
+      for (int64_t byte = 0; byte < depth * uk::size_of(m.dtype); byte += 64)
+        __builtin_prefetch(static_cast<const char*>(row.data) + byte, 0, 2);
+    }
   }
 
   template <class P, int kStrip>

@@ -8,11 +8,11 @@ are least squares over measured times (`python docs/per_sample_costs.py`, which 
 from math import ceil
 from typing import Final, NamedTuple
 
-COPIED: Final = 4.0
-TRANSPOSED: Final = 10.0
-HADAMARD: Final = 3.0
+COPIED: Final = 20.0
+TRANSPOSED: Final = 32.0
+HADAMARD: Final = 8.0
 _HELD: Final = 16
-_HELD_SIZE: Final = 80 << 10
+_HELD_SIZE: Final = 160 << 10
 
 
 class Sizes(NamedTuple):
@@ -46,9 +46,9 @@ def _tiles(size: int, most: int) -> int:
 
 
 def tokens(s: Sizes) -> Work:
-    """Tiles of `A A'^T` and of `G G'^T`."""
+    """Tiles of `A A'^T` and of `G G'^T`; their rows are read where they lie."""
     rows, cols, features = s.samples1 * s.tokens1, s.samples2 * s.tokens2, s.inputs + s.outputs
-    packed = features * (_tiles(rows, 192) * cols + _tiles(cols, 128) * rows)
+    packed = features * _tiles(rows, 192) * cols
     return Work(_padded(rows, 6) * _padded(cols, 16) * features, 0, packed, rows * cols)
 
 
@@ -65,6 +65,8 @@ def direct(s: Sizes) -> Work:
         pairs = small[0] * large[0]
     rows = 96 if held > 4 else 192
     cols = min(max(_HELD_SIZE // max(held * rows, 1) // 16 * 16, 16), 192)
+    if held == 1 and _tiles(s.outputs, 384) * _tiles(s.inputs, 256) >= 6:
+        rows, cols = 384, 256
     packed = formed * (s.outputs * _tiles(s.inputs, cols) + s.inputs * _tiles(s.outputs, rows))
     area = _padded(s.outputs, 6) * _padded(s.inputs, 16)
     return Work(formed * area, packed, 0, pairs * s.inputs * s.outputs)

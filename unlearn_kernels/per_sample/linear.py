@@ -137,7 +137,8 @@ def _sides(A1: Tensor, G1: Tensor, A2: Tensor, G2: Tensor) -> tuple[Tensor, Tens
 
 
 def _dots_choice(a1: Tensor, a2: Tensor, outputs: int, summed: bool) -> DotsChoice:
-    sizes = _costs.Sizes(*a1.shape[:2], *a2.shape, outputs, summed)
+    (samples1, tokens1), (samples2, tokens2) = a1.shape[:2], a2.shape[:2]
+    sizes = _costs.Sizes(samples1, tokens1, samples2, tokens2, a1.shape[2], outputs, summed)
     tokens, direct = _costs.tokens(sizes).cost, _costs.direct(sizes).cost
     return DotsChoice("tokens" if tokens <= direct else "direct", tokens, direct)
 
@@ -186,7 +187,7 @@ def dots(
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
 
-    Scratch: less than 0.8 MB a thread, and `8 (B1 + n1) (B2 + n2)` bytes with n1, n2 the numbers of tiles of 192
+    Scratch: less than 1.4 MB a thread, and `8 (B1 + n1) (B2 + n2)` bytes with n1, n2 the numbers of tiles of 192
     and 128 tokens (`tokens`; B2 = 1 when summed) or at most `max(1 MB, 8 B1 B2)` bytes (`direct`).
 
     Sources: Wang et al. 2024 (arXiv 2406.11011) for products of two batches by tokens.
@@ -219,7 +220,7 @@ def weighted_sum(
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
 
-    Scratch: less than 0.5 MB a thread; the weights are multiplied in while the product packs its panels.
+    Scratch: less than 0.9 MB a thread; the weights are multiplied in while the product packs its panels.
 
     Source: book-keeping, Bu et al. 2023 (arXiv 2210.00038).
     """
@@ -246,7 +247,7 @@ def grads(A: Tensor, G: Tensor, *, bias: bool = False, backend: Backend | None =
     Raises:
         ValueError: if shapes, devices or dtypes do not fit.
 
-    Scratch: less than 0.5 MB a thread.
+    Scratch: less than 0.9 MB a thread.
     """
     a, g = _folded(A, G)
     weight, offset = select("linear_grads", backend, (a, g))(a.detach(), g.detach(), bias)

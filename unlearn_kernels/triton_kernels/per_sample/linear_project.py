@@ -60,6 +60,11 @@ def two_sided_kernel(
         store_as(out + left_rows * right_rows + rows, offset, (rows < left_rows) & (col == 0))
 
 
+def _at_once(dot: tl.dtype) -> int:
+    """Tokens that are projected at a time: what the registers hold."""
+    return 16 if dot == tl.float64 else 32
+
+
 def linear_two_sided(a: Tensor, g: Tensor, left: Tensor, right: Tensor, bias: bool) -> Tensor:
     """The raw operator: a (B, T, d), g (B, T, p), left (k_o, p), right (k_i, d) -> (B, k_o k_i (+ k_o)). No scratch."""
     (batch, tokens, inputs), outputs = a.shape, g.shape[2]
@@ -75,7 +80,8 @@ def linear_two_sided(a: Tensor, g: Tensor, left: Tensor, right: Tensor, bias: bo
             two_sided_kernel[(batch * row_tiles * col_tiles,)](
                 a, g, left, right, out, tokens, inputs, outputs, left_rows, right_rows, out.shape[1], *a.stride(),
                 *g.stride(), *left.stride(), *right.stride(), row_tiles, col_tiles, bias,
-                block_size(tokens, 32), tile.rows, tile.cols, tile.depth, of_a, of_g, acc_dtype(of_a), **tile.launch(),
+                block_size(tokens, _at_once(of_a)), tile.rows, tile.cols, tile.depth, of_a, of_g, acc_dtype(of_a),
+                **tile.launch(),
             )  # fmt: skip
     return out
 
@@ -159,8 +165,8 @@ def _two_sided_case(dtype: str) -> AotCase:
     acc = acc_dtype(dot)
     tile = tile_for(64, 64, 1024, acc, accumulators=2)
     constants: dict[str, Any] = {
-        "a_d": 1, "g_p": 1, "l_p": 1, "r_d": 1, "BIAS": True, "TOKENS": 32, "ROWS": tile.rows, "COLS": tile.cols,
-        "DEPTH": tile.depth, "DOT_A": dot, "DOT_G": dot, "ACC": acc,
+        "a_d": 1, "g_p": 1, "l_p": 1, "r_d": 1, "BIAS": True, "TOKENS": _at_once(dot), "ROWS": tile.rows,
+        "COLS": tile.cols, "DEPTH": tile.depth, "DOT_A": dot, "DOT_G": dot, "ACC": acc,
     }  # fmt: skip
     return AotCase(
         two_sided_kernel,
