@@ -50,6 +50,28 @@ def _linear_two_sided(dtype: torch.dtype, device: str) -> Arguments:
 def _linear_sketch(dtype: torch.dtype, device: str) -> Arguments:
     a, g, *_ = _linear_sqnorms(dtype, device)
     return a, g, True, 6, 3
+def _ids(device: str) -> Tensor:
+    return torch.tensor([[3, 0, 5, 3, 1], [2, 2, 2, 1, 6], [0, 4, 1, 0, 6]], device=device)
+
+
+def _embedding_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
+    return _ids(device), randn(3, 5, 9, dtype=dtype, device=device), 7, 1
+
+
+def _embedding_dots(dtype: torch.dtype, device: str) -> Arguments:
+    ids, g, rows, padding = _embedding_sqnorms(dtype, device)
+    return ids, g, ids.flip(0).int(), randn(3, 5, 9, dtype=dtype, seed=1, device=device), rows, padding, False
+
+
+def _embedding_weighted_sum(dtype: torch.dtype, device: str) -> Arguments:
+    ids, g, rows, padding = _embedding_sqnorms(dtype, device)
+    w = torch.tensor([0.75, -0.5, 1.25], dtype=torch.float64, device=device)
+    return ids, g, w, rows, padding, True
+
+
+def _norm(dtype: torch.dtype, device: str) -> Arguments:
+    x, g = (randn(3, 6, 8, dtype=dtype, seed=i, device=device) for i in (0, 1))
+    return x, g, 0, 1, 1e-5, True
 
 
 def _tensors(dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -119,6 +141,11 @@ SAMPLES: Final[dict[str, Maker]] = {
     "linear_grads": _linear_grads,
     "linear_two_sided": _linear_two_sided,
     "linear_sketch": _linear_sketch,
+    "embedding_sqnorms": _embedding_sqnorms,
+    "embedding_dots": _embedding_dots,
+    "embedding_weighted_sum": _embedding_weighted_sum,
+    "norm_sqnorms": _norm,
+    "norm_grads": _norm,
     "lm_head_sqnorms": _lm_head_sqnorms,
     "lm_head_dots": _lm_head_dots,
     "lm_head_tied_dots": _lm_head_tied_dots,

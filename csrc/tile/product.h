@@ -27,6 +27,12 @@ inline constexpr bool kHasRows = false;
 template <class P, class Source>
 inline constexpr bool kHasRows<P, Source, std::void_t<decltype(&Source::template rows<P>)>> = true;
 
+// Whether rows can be asked for ahead of their use.
+template <class P, class Source, class = void>
+inline constexpr bool kHasPrefetch = false;
+template <class P, class Source>
+inline constexpr bool kHasPrefetch<P, Source, std::void_t<decltype(&Source::template prefetch<P>)>> = true;
+
 // Whether a source holds its strips packed.
 template <class P, class Source, class = void>
 inline constexpr bool kHasStrips = false;
@@ -68,7 +74,8 @@ void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t
         const int64_t next_outer = wraps ? rows.begin : outer + most, next_k = wraps ? k + size : k;
         const int64_t ahead = depth - next_k < kBlock ? depth - next_k : kBlock;
         sweep(0, in_place, [&](int64_t i, int64_t j) {
-          if (j == 0) a.template prefetch<P>(next_outer + i, next_k, ahead);
+          if constexpr (kHasPrefetch<P, SourceA>)
+            if (j == 0) a.template prefetch<P>(next_outer + i, next_k, ahead);
           return a.template rows<P>(outer + i, k, size);
         });
       }

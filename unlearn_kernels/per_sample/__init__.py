@@ -1,6 +1,6 @@
 """Per-sample gradients of a layer, straight from its inputs `A` and output gradients `G`."""
 
-from unlearn_kernels.per_sample import linear, lm_head
+from unlearn_kernels.per_sample import embedding, linear, lm_head, norm
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 
-__all__ = ["Gradients", "TwoSided", "linear", "lm_head"]
+__all__ = ["Gradients", "TwoSided", "embedding", "linear", "lm_head", "norm"]
