@@ -15,6 +15,27 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def("linear_two_sided(Tensor a, Tensor g, Tensor left, Tensor right, bool bias) -> Tensor");
   m.def("linear_sketch(Tensor a, Tensor g, bool bias, int k, int seed) -> Tensor");
 
+  // Tokens of padding_idx have no gradient; an id outside [0, num_embeddings) that is not padding_idx is an error.
+  m.def("embedding_sqnorms(Tensor ids, Tensor g, int num_embeddings, int padding_idx) -> Tensor");
+  m.def(
+      "embedding_dots(Tensor ids1, Tensor g1, Tensor ids2, Tensor g2, int num_embeddings, int padding_idx, "
+      "bool summed) -> Tensor");
+  // wide: float32 (float64) sums instead of the type of g
+  m.def(
+      "embedding_weighted_sum(Tensor ids, Tensor g, Tensor w, int num_embeddings, int padding_idx, bool wide) -> Tensor");
+
+  // kind: 0 layer, 1 rms, 2 group. norm_grads: (B, 1 + bias, scales), the scale's gradient and then the bias's
+  m.def("norm_sqnorms(Tensor x, Tensor g, int kind, int groups, float eps, bool bias) -> Tensor");
+  m.def("norm_grads(Tensor x, Tensor g, int kind, int groups, float eps, bool bias) -> Tensor");
+
+  // Maps (B, C, D, H, W); window: kernel, stride, padding and dilation, 3 numbers each; method as of linear_sqnorms
+  m.def("conv_sqnorms(Tensor a, Tensor g, int[] window, int groups, bool bias, int method) -> Tensor");
+  m.def(
+      "conv_dots(Tensor a1, Tensor g1, Tensor a2, Tensor g2, int[] window, int groups, bool bias, bool summed) "
+      "-> Tensor");
+  // With w (B,) the weighted sum of the gradients. Returns those of weight and bias.
+  m.def("conv_grads(Tensor a, Tensor g, Tensor? w, int[] window, int groups, bool bias) -> (Tensor, Tensor)");
+
   // Tensors of set 0 first, then those of set 1, and so on.
   m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
   m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
@@ -23,7 +44,8 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 
-  m.def("rademacher_project(Tensor g, int k, int seed) -> Tensor");
+  // blocks: which 128 coordinates each 128 columns of g are
+  m.def("rademacher_project(Tensor g, int k, int seed, Tensor? blocks=None) -> Tensor");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");
 
   m.def("linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index) -> (Tensor, Tensor)");

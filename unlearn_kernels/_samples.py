@@ -52,6 +52,51 @@ def _linear_sketch(dtype: torch.dtype, device: str) -> Arguments:
     return a, g, True, 6, 3
 
 
+def _ids(device: str) -> Tensor:
+    return torch.tensor([[3, 0, 5, 3, 1], [2, 2, 2, 1, 6], [0, 4, 1, 0, 6]], device=device)
+
+
+def _embedding_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
+    return _ids(device), randn(3, 5, 9, dtype=dtype, device=device), 7, 1
+
+
+def _embedding_dots(dtype: torch.dtype, device: str) -> Arguments:
+    ids, g, rows, padding = _embedding_sqnorms(dtype, device)
+    return ids, g, ids.flip(0).int(), randn(3, 5, 9, dtype=dtype, seed=1, device=device), rows, padding, False
+
+
+def _embedding_weighted_sum(dtype: torch.dtype, device: str) -> Arguments:
+    ids, g, rows, padding = _embedding_sqnorms(dtype, device)
+    w = torch.tensor([0.75, -0.5, 1.25], dtype=torch.float64, device=device)
+    return ids, g, w, rows, padding, True
+
+
+def _norm(dtype: torch.dtype, device: str) -> Arguments:
+    x, g = (randn(3, 6, 8, dtype=dtype, seed=i, device=device) for i in (0, 1))
+    return x, g, 0, 1, 1e-5, True
+
+
+# A kernel of 3 x 2, stride (2, 1), padding (1, 1), dilation (1, 2), in two dimensions.
+_WINDOW: Final = [1, 3, 2, 1, 2, 1, 0, 1, 1, 1, 1, 2]
+
+
+def _maps(batch: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    a = randn(batch, 4, 1, 6, 5, dtype=dtype, seed=seed, device=device)
+    return a, randn(batch, 6, 1, 3, 5, dtype=dtype, seed=seed + 1, device=device)
+
+
+def _conv_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), _WINDOW, 2, True, 0
+
+
+def _conv_dots(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), *_maps(2, dtype, device, 2), _WINDOW, 2, True, False
+
+
+def _conv_grads(dtype: torch.dtype, device: str) -> Arguments:
+    return *_maps(3, dtype, device), None, _WINDOW, 2, True
+
+
 def _tensors(dtype: torch.dtype, device: str) -> list[Tensor]:
     shapes = ((5, 3), (7,), (5, 3), (7,))
     return [randn(*shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
@@ -92,6 +137,14 @@ SAMPLES: Final[dict[str, Maker]] = {
     "linear_grads": _linear_grads,
     "linear_two_sided": _linear_two_sided,
     "linear_sketch": _linear_sketch,
+    "embedding_sqnorms": _embedding_sqnorms,
+    "embedding_dots": _embedding_dots,
+    "embedding_weighted_sum": _embedding_weighted_sum,
+    "norm_sqnorms": _norm,
+    "norm_grads": _norm,
+    "conv_sqnorms": _conv_sqnorms,
+    "conv_dots": _conv_dots,
+    "conv_grads": _conv_grads,
     "gramian": _gramian,
     "combine": _combine,
     "project_conflict": _project_conflict,

@@ -10,6 +10,7 @@ struct RademacherProjection {
   int64_t batch, dim, outputs;
   uint64_t seed;
   void* out;
+  const int64_t* blocks;  // which 128 coordinates those of `g` are, 128 after 128; null for 0, 1, 2, ...
 };
 
 // The k best of queries (count, depth) times rows (size, depth)^T, a row of results a query, best first.

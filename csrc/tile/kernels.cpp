@@ -5,25 +5,20 @@
 #include <stdexcept>
 #include <string>
 
-// What <isa>/<family>.cpp define.
-#define UK_DECLARE(ISA)                                       \
-  namespace ISA {                                             \
-  extern const uk::DenseKernels kDense;                       \
-  extern const uk::PerSampleLinearKernels kPerSampleLinear;   \
-  extern const uk::LinearDotsKernels kLinearDots;             \
-  extern const uk::LinearSumsKernels kLinearSums;             \
-  extern const uk::LinearProjectKernels kLinearProject;       \
-  extern const uk::SurgeryKernels kSurgery;                   \
-  extern const uk::InfluenceKernels kInfluence;               \
-  extern const uk::TokenLossKernels kTokenLoss;               \
-  }
-#define UK_KERNELS_OF(name, ISA)                              \
-  {name, ISA::kDense, ISA::kPerSampleLinear, ISA::kLinearDots, ISA::kLinearSums, ISA::kLinearProject, \
-   ISA::kSurgery, ISA::kInfluence, ISA::kTokenLoss}
+// What <isa>/<stem>.cpp define.
+#define UK_EXTERN(_, Type, name) extern const uk::Type##Kernels k##Type;
+#define UK_ENTRY(ISA, Type, name) , ISA::k##Type
+#define UK_KERNELS_OF(name, ISA) {name UK_STEMS(UK_ENTRY, ISA)}
 
-UK_DECLARE(uk_baseline)
-UK_DECLARE(uk_avx2)
-UK_DECLARE(uk_avx512)
+namespace uk_baseline {
+UK_STEMS(UK_EXTERN, )
+}
+namespace uk_avx2 {
+UK_STEMS(UK_EXTERN, )
+}
+namespace uk_avx512 {
+UK_STEMS(UK_EXTERN, )
+}
 
 namespace uk {
 

@@ -2,10 +2,13 @@
 #pragma once
 #include "tile/dense.h"
 #include "tile/influence.h"
+#include "tile/per_sample/conv.h"
+#include "tile/per_sample/embedding.h"
 #include "tile/per_sample/linear.h"
 #include "tile/per_sample/linear_dots.h"
 #include "tile/per_sample/linear_project.h"
 #include "tile/per_sample/linear_sums.h"
+#include "tile/per_sample/norm.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
 
@@ -18,16 +21,25 @@
 
 namespace uk {
 
+// Every stem: the kernels of <stem>.h, and their name here. X(..., type, name).
+#define UK_STEMS(X, ...)                                 \
+  X(__VA_ARGS__, Dense, dense)                           \
+  X(__VA_ARGS__, PerSampleLinear, per_sample_linear)     \
+  X(__VA_ARGS__, LinearDots, linear_dots)                \
+  X(__VA_ARGS__, LinearSums, linear_sums)                \
+  X(__VA_ARGS__, LinearProject, linear_project)          \
+  X(__VA_ARGS__, PerSampleEmbedding, per_sample_embedding) \
+  X(__VA_ARGS__, PerSampleNorm, per_sample_norm)         \
+  X(__VA_ARGS__, PerSampleConv, per_sample_conv)         \
+  X(__VA_ARGS__, Surgery, surgery)                       \
+  X(__VA_ARGS__, Influence, influence)                   \
+  X(__VA_ARGS__, TokenLoss, token_loss)
+
 struct Kernels {
   const char* isa;
-  const DenseKernels& dense;
-  const PerSampleLinearKernels& per_sample_linear;
-  const LinearDotsKernels& linear_dots;
-  const LinearSumsKernels& linear_sums;
-  const LinearProjectKernels& linear_project;
-  const SurgeryKernels& surgery;
-  const InfluenceKernels& influence;
-  const TokenLossKernels& token_loss;
+#define UK_FIELD(_, Type, name) const Type##Kernels& name;
+  UK_STEMS(UK_FIELD, )
+#undef UK_FIELD
 };
 
 // Whether this processor and operating system can run the variant.

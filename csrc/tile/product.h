@@ -27,6 +27,12 @@ inline constexpr bool kHasRows = false;
 template <class P, class Source>
 inline constexpr bool kHasRows<P, Source, std::void_t<decltype(&Source::template rows<P>)>> = true;
 
+// Whether rows can be asked for ahead of their use.
+template <class P, class Source, class = void>
+inline constexpr bool kHasPrefetch = false;
+template <class P, class Source>
+inline constexpr bool kHasPrefetch<P, Source, std::void_t<decltype(&Source::template prefetch<P>)>> = true;
+
 // Whether a source holds its strips packed.
 template <class P, class Source, class = void>
 inline constexpr bool kHasStrips = false;
@@ -57,17 +63,25 @@ void product(const SourceA& a, Range rows, const SourceB& b, Range cols, int64_t
       const auto sweep = [&](int64_t begin, int64_t end, auto&& rows_at) {
         for (int64_t j = 0; j < cols.size; j += B::kCols)
           for (int64_t i = begin; i < end; i += B::kRows)
-            epilogue.tile(rows_at(i), columns + j * steps, steps, block + i, j, first, last);
+            epilogue.tile(rows_at(i, j), columns + j * steps, steps, block + i, j, first, last);
       };
       const int64_t outer = rows.begin + block;
       int64_t in_place = 0;
       if constexpr (kHasRows<P, SourceA>) {
         in_place = a.template rows_in_place<P>(height, size);
-        sweep(0, in_place, [&](int64_t i) { return a.template rows<P>(outer + i, k, size); });
+        // Short pieces of many rows are more than hardware foresees: those of the next block are asked for early.
+        const bool wraps = block + most >= rows.size;
+        const int64_t next_outer = wraps ? rows.begin : outer + most, next_k = wraps ? k + size : k;
+        const int64_t ahead = depth - next_k < kBlock ? depth - next_k : kBlock;
+        sweep(0, in_place, [&](int64_t i, int64_t j) {
+          if constexpr (kHasPrefetch<P, SourceA>)
+            if (j == 0) a.template prefetch<P>(next_outer + i, next_k, ahead);
+          return a.template rows<P>(outer + i, k, size);
+        });
       }
       if (in_place >= height) continue;
       a.template pack<P, B::kRows>(panels.a, outer + in_place, height - in_place, k, size);
-      sweep(in_place, height, [&](int64_t i) { return static_cast<const P*>(panels.a + (i - in_place) * steps); });
+      sweep(in_place, height, [&](int64_t i, int64_t) { return static_cast<const P*>(panels.a + (i - in_place) * steps); });
     }
     k += size;
   } while (k < depth);

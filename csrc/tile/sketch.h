@@ -36,7 +36,7 @@ template <int kVectors>
 struct SketchTile {
   using Tables = SignTables<kVectors>;
   static constexpr int64_t kWidth = Tables::kWidth;
-  uint64_t seed;
+  PhiloxSigns signs;
   int64_t samples, first, padded;
   SketchMemory s;
 
@@ -52,7 +52,7 @@ struct SketchTile {
   void add(const uk::Operand& x, int64_t begin, int64_t count) const {
     for (int64_t i = 0; i < count; i += kSignBlock) {
       const int64_t n = count - i < kSignBlock ? count - i : kSignBlock;
-      sign_words(seed, first, padded, (begin + i) / kSignBlock, s.words[0], s.words[1]);
+      sign_words(signs.seed, first, padded, signs.block((begin + i) / kSignBlock), s.words[0], s.words[1]);
       for (int64_t c = 0; c < chunks(); ++c) {
         const int64_t lanes = samples - c * kWidth < kWidth ? samples - c * kWidth : kWidth;
         Dense{x}.pack<float, kWidth>(s.x, c * kWidth, lanes, i, n);
@@ -85,12 +85,12 @@ struct SketchTile {
 
 // Calls f with the narrowest tile that takes the samples.
 template <class F>
-inline void with_sketch_tile(uint64_t seed, int64_t samples, int64_t first, int64_t padded, const SketchMemory& s,
+inline void with_sketch_tile(const PhiloxSigns& signs, int64_t samples, int64_t first, int64_t padded, const SketchMemory& s,
                              F&& f) {
   if (samples <= SignTables<1>::kWidth)
-    f(SketchTile<1>{seed, samples, first, padded, s});
+    f(SketchTile<1>{signs, samples, first, padded, s});
   else
-    f(SketchTile<2>{seed, samples, first, padded, s});
+    f(SketchTile<2>{signs, samples, first, padded, s});
 }
 
 // Outputs a task: many share the tables, but every worker should have a task. The result does not depend on it.

@@ -3,7 +3,9 @@
 // that writes round_up(outers, kStrip) / kStrip strips, [strip][step][kStrip], zero where outer (or, for pairs,
 // the depth) runs out. One whose rows need no packing, or not all of them, also has
 //   template <class P> int64_t rows_in_place(int64_t outers, int64_t depth) const, how many; whole register tiles
-//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes.
+//   template <class P> auto rows(int64_t outer, int64_t k, int64_t depth) const, what the micro-kernel takes
+// and may have
+//   template <class P> void prefetch(int64_t outer, int64_t k, int64_t depth) const, for a register tile of rows.
 namespace UK_ISA {
 
 // Dense memory of any input type in either orientation, widened while it is packed.
@@ -21,6 +23,14 @@ struct Dense {
   RowsInPlace<P> rows(int64_t outer, int64_t k, int64_t) const {
     const uk::Operand at = m.from(outer * m.outer_stride + k);
     return {static_cast<const P*>(at.data), m.outer_stride / PanelTraits<P>::kSteps};
+  }
+  template <class P>
+  void prefetch(int64_t outer, int64_t k, int64_t depth) const {
+    for (int64_t i = 0; i < Block<P>::kRows; ++i) {
+      const uk::Operand row = m.from((outer + i) * m.outer_stride + k);
+      for (int64_t byte = 0; byte < depth * uk::size_of(m.dtype); byte += 64)
+        __builtin_prefetch(static_cast<const char*>(row.data) + byte, 0, 2);
+    }
   }
 
   template <class P, int kStrip>
@@ -153,6 +163,9 @@ struct Dense {
 // Random signs (see philox.h), made while they are packed: outer is the row, depth the coordinate.
 struct PhiloxSigns {
   uint64_t seed;
+  const int64_t* blocks = nullptr;  // where a block of the depth lies; null: where it is
+
+  int64_t block(int64_t n) const { return blocks == nullptr ? n : blocks[n]; }
 
   template <class T, int kStrip>
   void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
@@ -160,7 +173,7 @@ struct PhiloxSigns {
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
       for (int64_t step = 0; step < depth;) {
         const int64_t block = (k + step) / kSignBlock;
-        sign_words(seed, outer + o, kStrip, block, words[0], words[1]);
+        sign_words(seed, outer + o, kStrip, this->block(block), words[0], words[1]);
         for (int64_t bit = k + step - block * kSignBlock; bit < kSignBlock && step < depth; ++bit, ++step)
           for (int i = 0; i < kStrip; ++i) {
             const T sign = words[bit / 64][i] >> (bit % 64) & 1 ? T(1) : T(-1);

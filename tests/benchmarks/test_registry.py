@@ -11,6 +11,9 @@ from benchmarks.registry import Call, Case, Provider
 
 OPERATORS = (
     "linear_sqnorms",
+    "conv_sqnorms",
+    "conv_dots",
+    "conv_grads",
     "gramian",
     "combine",
     "project_conflict",

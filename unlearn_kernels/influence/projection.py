@@ -15,14 +15,14 @@ Kind = Literal["rademacher"]
 _MOST: Final = {"dim": 1 << 39, "k": 1 << 32, "seed": (1 << 63) - 1}
 
 
-def _fake(g: Tensor, k: int, seed: int) -> Tensor:
+def _fake(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
     return g.new_empty(g.shape[0], k, dtype=accumulation_dtype(g))
 
 
-def _triton(g: Tensor, k: int, seed: int) -> Tensor:
+def _triton(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
     from unlearn_kernels.triton_kernels import influence as kernels
 
-    return kernels.rademacher_project(g, k, seed)
+    return kernels.rademacher_project(g, k, seed, blocks)
 
 
 _ops.register_operator(
@@ -35,9 +35,14 @@ _ops.register_operator(
 )
 
 
-def _vmap(info: object, in_dims: tuple[int, None, None], g: Tensor, k: int, seed: int) -> tuple[Tensor, int]:
+def _vmap(
+    info: object, in_dims: tuple[int | None, ...], g: Tensor, k: int, seed: int, blocks: Tensor | None = None
+) -> tuple[Tensor, int]:
+    if in_dims[0] is None or (blocks is not None and in_dims[3] is not None):
+        raise NotImplementedError("rademacher_project: only g can be batched by vmap")
     g = g.movedim(in_dims[0], 0)
-    return torch.ops.unlearn_kernels.rademacher_project(g.flatten(0, 1), k, seed).unflatten(0, g.shape[:2]), 0
+    rows = torch.ops.unlearn_kernels.rademacher_project(g.flatten(0, 1), k, seed, blocks)
+    return rows.unflatten(0, g.shape[:2]), 0
 
 
 if have_C:
@@ -108,6 +113,40 @@ class Projection:
         y = select("rademacher_project", backend, (flat,))(flat, self.k, self.seed)
         return y.reshape(*g.shape[:-1], self.k)
 
+    def project_rows(self, g: Tensor, rows: Tensor, *, backend: Backend | None = None) -> Tensor:
+        r"""Return the projections of matrices, flattened row by row, that are zero outside some rows.
+
+        Args:
+            g: those rows of each matrix, (B, n, d), where d divides `dim`.
+            rows: which they are, n different numbers, int64.
+            backend: see `unlearn_kernels.use_backend`.
+
+        Returns:
+            (B, k), what `project` gives for the whole matrices up to rounding, for `n d k` sign products each.
+
+        Raises:
+            ValueError: if `g` or `rows` do not fit.
+
+        Scratch: that of `project`; where d is no multiple of 128, also a copy of `g`, each row of which grows
+        by at most 254 coordinates.
+        """
+        if g.dim() != 3 or g.shape[2] == 0 or self.dim % g.shape[2] != 0:
+            raise ValueError(
+                f"g must have shape (B, n, d) with d a divisor of {self.dim}, got {tuple(g.shape)}"
+            )
+        self._check_index("rows", rows, self.dim // g.shape[2])
+        if len(rows) != g.shape[1]:
+            raise ValueError(f"rows must have {g.shape[1]} elements, got {len(rows)}")
+        flat, blocks = _blocked(g.detach(), rows.long())
+        return select("rademacher_project", backend, (flat,))(flat, self.k, self.seed, blocks)
+
+    @staticmethod
+    def _check_index(name: str, index: Tensor, size: int) -> None:
+        if index.dim() != 1 or index.is_floating_point():
+            raise ValueError(f"{name} must be a vector of indices, got {index.dtype} {tuple(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ValueError(f"{name} must be in [0, {size})")
+
     def signs(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Return entries of `P` before the scale, for checks: int8, +1 or -1.
 
@@ -122,9 +161,18 @@ class Projection:
             ValueError: if either is no vector of indices within range.
         """
         for name, index, size in (("rows", rows, self.k), ("cols", cols, self.dim)):
-            if index.dim() != 1 or index.is_floating_point():
-                got = f"{index.dtype} {tuple(index.shape)}"
-                raise ValueError(f"{name} must be a vector of indices, got {got}")
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-                raise ValueError(f"{name} must be in [0, {size})")
+            self._check_index(name, index, size)
         return reference.rademacher_signs(rows.long(), cols.long(), self.seed)
+
+
+def _blocked(g: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, n, d) of a matrix as whole blocks of coordinates, zero elsewhere, and the numbers of the blocks."""
+    block, d = reference.SIGNS_A_CALL, g.shape[2]
+    if d % block == 0:
+        per_row = torch.arange(d // block, device=g.device)
+        return g.flatten(1), (rows[:, None] * (d // block) + per_row).flatten()
+    coordinates = (rows[:, None] * d + torch.arange(d, device=g.device)).flatten()
+    blocks, place = torch.unique(coordinates // block, return_inverse=True)
+    flat = g.new_zeros(g.shape[0], len(blocks) * block)
+    flat[:, place * block + coordinates % block] = g.flatten(1)
+    return flat, blocks

@@ -51,13 +51,18 @@ def rademacher_signs(rows: Tensor, cols: Tensor, seed: int) -> Tensor:
     return (2 * bits - 1).to(torch.int8)
 
 
-def rademacher_project(g: Tensor, k: int, seed: int) -> Tensor:
-    """Return `g P^T / sqrt(k)`, the signs made for some coordinates at a time."""
+def rademacher_project(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
+    """Return `g P^T / sqrt(k)`, the signs made for some coordinates at a time.
+
+    Columns 128 n ... 128 n + 127 of `g` are the coordinates of block n, or of block blocks[n].
+    """
     out = g.new_zeros(g.shape[0], k, dtype=accumulation_dtype(g))
     rows = torch.arange(k, device=g.device)
     step = max(SIGNS_A_CALL, _SIGNS_AT_ONCE // max(k, 1) // SIGNS_A_CALL * SIGNS_A_CALL)
     for begin in range(0, g.shape[1], step):
         cols = torch.arange(begin, min(begin + step, g.shape[1]), device=g.device)
+        if blocks is not None:
+            cols = blocks[cols // SIGNS_A_CALL] * SIGNS_A_CALL + cols % SIGNS_A_CALL
         out += g[:, begin : begin + step].to(out.dtype) @ rademacher_signs(rows, cols, seed).to(out.dtype).T
     return out / max(k, 1) ** 0.5
 

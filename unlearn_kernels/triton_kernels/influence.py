@@ -34,27 +34,38 @@ _LOW: Final = 0xFFFFFFFF
 
 @triton.jit(do_not_specialize=["seed"])
 def project_kernel(
-    g, parts, batch, dim, outputs, seed, length, g_b, g_d, row_tiles, col_tiles, count,
+    g, blocks, parts, batch, dim, outputs, seed, length, g_b, g_d, row_tiles, col_tiles, count,
     ROWS: tl.constexpr, COLS: tl.constexpr, RUN: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    SCATTERED: tl.constexpr,
 ):  # fmt: skip
-    """parts[b, j, part] = g[b] times the signs of row j, over `length` coordinates from part * length on."""
+    """parts[b, j, part] = g[b] times the signs of row j, over `length` coordinates from part * length on.
+
+    SCATTERED: columns 128 n ... 128 n + 127 are the coordinates of block blocks[n] instead of n.
+    """
     task = program(0)
     part, tile = task // (row_tiles * col_tiles), task % (row_tiles * col_tiles)
     rows, cols = span(tile // col_tiles * ROWS, ROWS), span(tile % col_tiles * COLS, COLS)
     end = tl.minimum(dim, (part + 1) * length)
     acc = tl.zeros((ROWS, COLS), dtype=ACC)
     for start in range(part * length, end, RUN):
-        acc += signed_sum(g, seed, start, tl.minimum(end, start + RUN), g_b, g_d, rows, batch, cols, DOT, ACC)
+        stop = tl.minimum(end, start + RUN)
+        acc += signed_sum(g, blocks, seed, start, stop, g_b, g_d, rows, batch, cols, DOT, ACC, SCATTERED)
     inside = (rows < batch)[:, None] & (cols < outputs)[None, :]
     tl.store(parts + (rows[:, None] * outputs + cols[None, :]) * count + part, acc, mask=inside)
 
 
 @triton.jit
-def signed_sum(g, seed, start, end, g_b, g_d, rows, batch, cols, DOT: tl.constexpr, ACC: tl.constexpr):
+def signed_sum(
+    g, blocks, seed, start, end, g_b, g_d, rows, batch, cols, DOT: tl.constexpr, ACC: tl.constexpr,
+    SCATTERED: tl.constexpr,
+):  # fmt: skip
     """Multiplies g[rows, start:end] and the signs; `start` is a multiple of 128."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), dtype=ACC)
     for at in range(start, end, 128):
-        words = philox_words(seed, cols, tl.to_tensor(at // 128))
+        block = tl.to_tensor(at // 128)
+        if SCATTERED:
+            block = tl.load(blocks + block).to(tl.int64)
+        words = philox_words(seed, cols, block)
         for w in tl.static_range(4):
             k = span(at + 32 * w, 32)
             inside = (rows < batch)[:, None] & (k < end)[None, :]
@@ -68,7 +79,7 @@ def _sign_warps(dot: tl.dtype) -> int:
     return 4 if dot.primitive_bitwidth == 16 else 8
 
 
-def rademacher_project(g: Tensor, k: int, seed: int) -> Tensor:
+def rademacher_project(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
     """(B, k) projections of g (B, dim).
 
     Scratch: `parts * B * k` sums, at most 256 parts of at least 8192 coordinates each.
@@ -84,8 +95,9 @@ def rademacher_project(g: Tensor, k: int, seed: int) -> Tensor:
     parts = torch.empty(batch * k, count, dtype=dtype, device=g.device)
     with on_device(g):
         project_kernel[(count * row_tiles * col_tiles,)](
-            g, parts, batch, dim, k, seed, length, *g.stride(), row_tiles, col_tiles, count,
-            ROWS=rows, COLS=cols, RUN=_RUN, DOT=dot, ACC=acc_dtype(dot), **launch_options(_sign_warps(dot)),
+            g, blocks, parts, batch, dim, k, seed, length, *g.stride(), row_tiles, col_tiles, count,
+            ROWS=rows, COLS=cols, RUN=_RUN, DOT=dot, ACC=acc_dtype(dot), SCATTERED=blocks is not None,
+            **launch_options(_sign_warps(dot)),
         )  # fmt: skip
     return (parts.sum(1, dtype=torch.float64) / k**0.5).to(dtype).view(batch, k)
 
@@ -190,11 +202,13 @@ def _search_doubles(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tup
     return best, index
 
 
-def _project_case(pointer: str, dot: tl.dtype, **more: Any) -> AotCase:
+def _project_case(pointer: str, dot: tl.dtype, scattered: bool = False, **more: Any) -> AotCase:
+    pointers = {"g": pointer, "parts": "fp64" if dot == tl.float64 else "fp32"}
+    blocks: dict[str, Any] = {"SCATTERED": scattered} if scattered else {"SCATTERED": False, "blocks": None}
     return AotCase(
         project_kernel,
-        {"g": pointer, "parts": "fp64" if dot == tl.float64 else "fp32"},
-        {"g_d": 1, "ROWS": 32, "COLS": 64, "RUN": _RUN, "DOT": dot, "ACC": acc_dtype(dot)},
+        pointers | ({"blocks": "i64"} if scattered else {}),
+        {"g_d": 1, "ROWS": 32, "COLS": 64, "RUN": _RUN, "DOT": dot, "ACC": acc_dtype(dot), **blocks},
         num_warps=_sign_warps(dot),
         multiples_of_16=("dim", "g_b", "length"),
         **more,
@@ -218,6 +232,7 @@ def _score_case(pointer: str, dot: tl.dtype, largest: bool, **more: Any) -> AotC
 
 AOT: Final = (
     _project_case("fp32", tl.float32),
+    _project_case("fp32", tl.float32, scattered=True),
     _project_case("fp64", tl.float64, spills=True),
     _project_case("bf16", tl.bfloat16, tensor_cores=True),
     _project_case("fp16", tl.float16, tensor_cores=True),

@@ -1,0 +1,58 @@
+"""Projections of matrices of which only some rows are not zero."""
+
+import pytest
+import torch
+
+from unlearn_kernels.influence import Projection
+from unlearn_kernels.testing import randn, relative_error
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "width"), [(40, 128), (9, 384), (40, 50), (300, 3), (5, 129)])
+def test_is_the_projection_of_the_whole(count: int, width: int, dtype: torch.dtype) -> None:
+    rows = torch.tensor([3, 0, count - 1])
+    g = randn(4, 3, width, dtype=dtype)
+    whole = torch.zeros(4, count, width, dtype=dtype)
+    whole[:, rows] = g
+    for k in (5, 130):
+        p = Projection(count * width, k, seed=6)
+        y = p.project_rows(g, rows)
+        assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        error = relative_error(y, p(whole.double().flatten(1)))
+        assert error <= 16 * torch.finfo(y.dtype).eps
+        assert torch.equal(p.project_rows(g, rows.int()), y)
+        assert relative_error(p.project_rows(g, rows, backend="reference"), y.double()) <= 1e-5
+
+
+def test_no_rows_and_no_samples() -> None:
+    p = Projection(60, 4)
+    assert torch.equal(
+        p.project_rows(torch.zeros(3, 0, 6), torch.zeros(0, dtype=torch.long)), torch.zeros(3, 4)
+    )
+    assert p.project_rows(torch.zeros(0, 2, 6), torch.tensor([1, 5])).shape == (0, 4)
+
+
+def test_errors() -> None:
+    p, g = Projection(60, 4), torch.zeros(3, 2, 6)
+    with pytest.raises(
+        ValueError, match=r"g must have shape \(B, n, d\) with d a divisor of 60, got \(3, 2, 7\)"
+    ):
+        p.project_rows(torch.zeros(3, 2, 7), torch.tensor([1, 5]))
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 10\)"):
+        p.project_rows(g, torch.tensor([1, 10]))
+    with pytest.raises(ValueError, match="rows must have 2 elements, got 1"):
+        p.project_rows(g, torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="blocks must be a contiguous int64 vector of 2 elements"):
+        torch.ops.unlearn_kernels.rademacher_project(
+            torch.zeros(1, 200), 4, 0, torch.zeros(1, dtype=torch.long)
+        )
+
+
+def test_opcheck_and_vmap() -> None:
+    op, blocks = torch.ops.unlearn_kernels.rademacher_project, torch.tensor([7, 2])
+    g = randn(3, 5, 256)
+    torch.library.opcheck(op.default, (g[0], 10, 7, blocks))
+    batched = torch.vmap(lambda x: op(x, 10, 7, blocks))(g)
+    assert torch.equal(batched, torch.stack([op(x, 10, 7, blocks) for x in g]))
