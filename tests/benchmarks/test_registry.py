@@ -11,6 +11,11 @@ from benchmarks.registry import Call, Case, Provider
 
 OPERATORS = (
     "linear_sqnorms",
+    "embedding_sqnorms",
+    "embedding_dots",
+    "embedding_weighted_sum",
+    "norm_sqnorms",
+    "norm_grads",
     "gramian",
     "combine",
     "project_conflict",
