@@ -50,6 +50,8 @@ def _linear_two_sided(dtype: torch.dtype, device: str) -> Arguments:
 def _linear_sketch(dtype: torch.dtype, device: str) -> Arguments:
     a, g, *_ = _linear_sqnorms(dtype, device)
     return a, g, True, 6, 3
+
+
 def _ids(device: str) -> Tensor:
     return torch.tensor([[3, 0, 5, 3, 1], [2, 2, 2, 1, 6], [0, 4, 1, 0, 6]], device=device)
 
