@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from tests.per_sample.heads import DTYPES, Case, by_autograd, case, wide
-from unlearn_kernels._backends import REGISTRY
 from unlearn_kernels.per_sample import lm_head
 from unlearn_kernels.per_sample.lm_head import Tokens
 from unlearn_kernels.reference.per_sample import lm_head as reference
@@ -139,7 +138,6 @@ def test_tied_dots(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         assert_as_exact_as("tied dots", result, exact, eager, floor=8 * torch.finfo(result.dtype).eps)
 
 
-@pytest.mark.skipif("embedding_sqnorms" not in REGISTRY, reason="this build has no embeddings")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tied_sqnorms(dtype: torch.dtype) -> None:
     """Of one weight that is used twice, by autograd."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.influence import Projection
+from unlearn_kernels.per_sample._checks import check_weights
 from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached, logsumexps
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference import token_loss as reference
@@ -80,8 +81,7 @@ def weighted_sum(
     Source: book-keeping, Bu et al. 2023 (arXiv 2210.00038).
     """
     x = checked(Tokens(h, labels, upstream, lse), W, bias)
-    if w.shape != x.h.shape[:1]:
-        raise ValueError(f"w must have shape ({len(x.h)},), got {tuple(w.shape)}")
+    check_weights(w, x.h, len(x.h))
     head = _Head(x, W, bias, ignore_index, backend)
     # A weight of 0 leaves its sample out even where an upstream gradient is infinite.
     weights = w.detach().to(head.lse.dtype)[:, None]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels.per_sample._checks import folded
 from unlearn_kernels.reference import token_loss as token_reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.reference.per_sample import lm_head as reference
@@ -120,8 +121,8 @@ def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, suffix: str = "") ->
         if x is not None and x.device != W.device:
             raise ValueError(f"{name}{suffix} must be on the device of W, {W.device}, got {x.device}")
     wide = accumulation_dtype(h)
-    rest = (None if x is None else folded(x.detach().to(wide), 2) for x in tokens[2:])
-    return Tokens(folded(h, 3), folded(labels.long(), 2), *rest)
+    rest = (None if x is None else flat(x.detach().to(wide)) for x in tokens[2:])
+    return Tokens(folded(h), flat(labels.long()), *rest)
 
 
 def logsumexps(
@@ -162,8 +163,6 @@ def check_float(name: str, x: Tensor, W: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of W, {W.device}, got {x.device}")
 
 
-def folded(x: Tensor, dims: int) -> Tensor:
-    """`x` with `dims` dimensions: those from the second on are folded into one, or one of size 1 is put there."""
-    if x.dim() == dims:
-        return x
-    return x.unsqueeze(1) if x.dim() < dims else x.flatten(1, 1 + x.dim() - dims)
+def flat(x: Tensor) -> Tensor:
+    """`x` as (B, T), with every dimension from the second on folded into T."""
+    return x if x.dim() == 2 else folded(x.unsqueeze(-1)).squeeze(-1)

@@ -13,8 +13,9 @@ from typing import Final, Literal
 from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels.per_sample._checks import folded
 from unlearn_kernels.per_sample._lm_head_gradients import grads, project, weighted_sum
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, folded, logsumexps
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, flat, logsumexps
 
 __all__ = ["Tokens", "dots", "grads", "project", "sqnorms", "tied_dots", "tied_sqnorms", "weighted_sum"]
 
@@ -256,4 +257,4 @@ def _looked_up(
     if padding_idx is not None and not -W.shape[0] <= padding_idx < W.shape[0]:
         raise ValueError(f"padding_idx must be in [{-W.shape[0]}, {W.shape[0]}) or None, got {padding_idx}")
     padding = -1 if padding_idx is None else padding_idx % W.shape[0]
-    return folded(ids.long(), 2), folded(G.detach(), 3), padding
+    return flat(ids.long()), folded(G.detach()), padding

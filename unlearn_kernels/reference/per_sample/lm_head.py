@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from unlearn_kernels.reference.dtypes import accumulation_dtype
+from unlearn_kernels.reference.per_sample.embedding import embedding_grads
 from unlearn_kernels.reference.token_loss import logits
 
 
@@ -72,13 +72,6 @@ def lm_head_dots(
         flat_grads(*logit_gradients(*side, weight, bias, ignore_index), bias is not None) for side in sides
     )
     return left @ right.sum(0) if summed else left @ right.T
-
-
-def embedding_grads(ids: Tensor, g: Tensor, vocabulary: int, padding_idx: int) -> Tensor:
-    """`E_i = sum_t onehot(ids_t) g_t^T`, (B, V, d), without the tokens of `padding_idx`."""
-    g = g.to(accumulation_dtype(g)).masked_fill((ids == padding_idx).unsqueeze(-1), 0)
-    out = g.new_zeros(ids.shape[0], vocabulary, g.shape[-1])
-    return out.scatter_add_(1, ids.unsqueeze(-1).expand_as(g), g)
 
 
 def lm_head_tied_dots(
