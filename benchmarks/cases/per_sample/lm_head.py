@@ -170,8 +170,8 @@ def _compiled(x: Head) -> Call:
 _PLAIN = Provider("plain forward+backward", _plain, "plain", yardstick=True)
 _NORMS = (
     Provider("unlearn_kernels", _ours, "ours"),
-    Provider("unlearn_kernels, log-sum-exps computed", _ours_alone, "ours"),
-    Provider("unlearn_kernels, given G", _ours_given, "ours"),
+    Provider("unlearn_kernels, log-sum-exps computed", _ours_alone),
+    Provider("unlearn_kernels, given G", _ours_given),
     _PLAIN,
     Provider("torch Gram", lambda x: Call(lambda: recomputed(x.h, x.W, x.labels, x.lse))),
     Provider("torch Gram, given G", lambda x: Call(lambda: gram(x.h, x.G))),
