@@ -35,6 +35,17 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
       "-> Tensor");
   // With w (B,) the weighted sum of the gradients. Returns those of weight and bias.
   m.def("conv_grads(Tensor a, Tensor g, Tensor? w, int[] window, int groups, bool bias) -> (Tensor, Tensor)");
+  // method: 0 direct, 1 gram (tokens), 3 the cheaper. No upstream for ones; no lse to have it computed.
+  m.def(
+      "lm_head_sqnorms(Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, Tensor? bias, "
+      "int ignore_index, int method) -> Tensor");
+  m.def(
+      "lm_head_dots(Tensor h1, Tensor labels1, Tensor? upstream1, Tensor? lse1, Tensor h2, Tensor labels2, "
+      "Tensor? upstream2, Tensor? lse2, Tensor weight, Tensor? bias, int ignore_index, bool summed, int method) "
+      "-> Tensor");
+  m.def(
+      "lm_head_tied_dots(Tensor ids, Tensor g, Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, "
+      "Tensor? bias, int padding_idx, int ignore_index) -> Tensor");
 
   // Tensors of set 0 first, then those of set 1, and so on.
   m.def("gramian(Tensor[] tensors, int sets) -> Tensor");

@@ -130,6 +130,33 @@ def _linear_nll(dtype: torch.dtype, device: str) -> Arguments:
     return h, weight, bias, labels.to(device), -100
 
 
+def _tokens(T: int, dtype: torch.dtype, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, None]:
+    h = randn(3, T, 8, dtype=dtype, seed=seed, device=device)
+    labels = torch.arange(3 * T).view(3, T) * (seed + 4) % 11
+    labels[1, 1:] = labels[2, 0] = -100
+    upstream = randn(3, T, seed=seed + 1).to(accumulation_dtype(h)).to(device)
+    return h, labels.to(device), upstream, None
+
+
+def _head(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    return randn(11, 8, dtype=dtype, seed=7, device=device), randn(11, dtype=dtype, seed=8, device=device)
+
+
+def _lm_head_sqnorms(dtype: torch.dtype, device: str) -> Arguments:
+    return *_tokens(5, dtype, 1, device), *_head(dtype, device), -100, 3
+
+
+def _lm_head_dots(dtype: torch.dtype, device: str) -> Arguments:
+    sides = *_tokens(5, dtype, 1, device), *_tokens(4, dtype, 3, device)
+    return *sides, *_head(dtype, device), -100, False, 1
+
+
+def _lm_head_tied_dots(dtype: torch.dtype, device: str) -> Arguments:
+    ids = (torch.arange(18).view(3, 6) * 7 % 11).to(device)
+    g = randn(3, 6, 8, dtype=dtype, seed=9, device=device)
+    return ids, g, *_tokens(5, dtype, 1, device), *_head(dtype, device), 2, -100
+
+
 SAMPLES: Final[dict[str, Maker]] = {
     "linear_sqnorms": _linear_sqnorms,
     "linear_dots": _linear_dots,
@@ -145,6 +172,9 @@ SAMPLES: Final[dict[str, Maker]] = {
     "conv_sqnorms": _conv_sqnorms,
     "conv_dots": _conv_dots,
     "conv_grads": _conv_grads,
+    "lm_head_sqnorms": _lm_head_sqnorms,
+    "lm_head_dots": _lm_head_dots,
+    "lm_head_tied_dots": _lm_head_tied_dots,
     "gramian": _gramian,
     "combine": _combine,
     "project_conflict": _project_conflict,

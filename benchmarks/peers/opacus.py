@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 
-def _layer(A: Tensor, G: Tensor) -> nn.Linear:
+def _layer(A: Tensor, G: Tensor, bias: bool = True) -> nn.Linear:
     # The samplers look at the parameters' requires_grad only, so the weights need no memory.
-    return nn.Linear(A.shape[-1], G.shape[-1], device="meta")
+    return nn.Linear(A.shape[-1], G.shape[-1], bias=bias, device="meta")
 
 
-def ghost_sqnorms(A: Tensor, G: Tensor) -> Callable[[], Tensor]:
-    """Squared norms over weight and bias, each from its own pair of T × T Gram matrices."""
+def ghost_sqnorms(A: Tensor, G: Tensor, bias: bool = True) -> Callable[[], Tensor]:
+    """Squared norms over the parameters, each from its own pair of T × T Gram matrices."""
     from opacus.grad_sample.linear import compute_linear_norm_sample
 
-    layer = _layer(A, G)
+    layer = _layer(A, G, bias)
 
     def run() -> Tensor:
         norms = compute_linear_norm_sample(layer, [A], G)
-        return norms[layer.weight].square() + norms[layer.bias].square()
+        return torch.stack([norm.square() for norm in norms.values()]).sum(0)
 
     return run
 

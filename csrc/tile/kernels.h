@@ -8,6 +8,7 @@
 #include "tile/per_sample/linear_dots.h"
 #include "tile/per_sample/linear_project.h"
 #include "tile/per_sample/linear_sums.h"
+#include "tile/per_sample/lm_head.h"
 #include "tile/per_sample/norm.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
@@ -29,6 +30,7 @@ namespace uk {
   X(__VA_ARGS__, LinearSums, linear_sums)                \
   X(__VA_ARGS__, LinearProject, linear_project)          \
   X(__VA_ARGS__, PerSampleEmbedding, per_sample_embedding) \
+  X(__VA_ARGS__, PerSampleLmHead, per_sample_lm_head)    \
   X(__VA_ARGS__, PerSampleNorm, per_sample_norm)         \
   X(__VA_ARGS__, PerSampleConv, per_sample_conv)         \
   X(__VA_ARGS__, Surgery, surgery)                       \

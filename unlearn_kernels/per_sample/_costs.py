@@ -5,11 +5,10 @@ become columns on the way, and multiplying two tiles in cache costs more than th
 are least squares over measured times (`python docs/per_sample_costs.py`, which draws the model beside them).
 """
 
-from math import ceil
 from typing import Final, NamedTuple
 
 COPIED: Final = 20.0
-TRANSPOSED: Final = 32.0
+TRANSPOSED: Final = 20.0
 HADAMARD: Final = 8.0
 _HELD: Final = 16
 _HELD_SIZE: Final = 160 << 10
@@ -42,7 +41,7 @@ class Work(NamedTuple):
 
 
 def _tiles(size: int, most: int) -> int:
-    return max(ceil(size / most), 1)
+    return max(-(-size // most), 1)
 
 
 def tokens(s: Sizes) -> Work:
@@ -54,13 +53,15 @@ def tokens(s: Sizes) -> Work:
 
 def direct(s: Sizes) -> Work:
     """Tiles of the gradients of both sides; those of the smaller side are held, some samples at a time."""
-    small, large = sorted(((s.samples1, s.tokens1), (s.samples2, s.tokens2)))
+    small, large = (s.samples1, s.tokens1), (s.samples2, s.tokens2)
+    if small[0] > large[0]:
+        small, large = large, small
     if s.summed:
         held, groups = 1, 1
         formed = s.samples2 * s.tokens2 + s.samples1 * s.tokens1
         pairs = s.samples1
     else:
-        held, groups = min(small[0], _HELD), ceil(small[0] / _HELD)
+        held, groups = min(small[0], _HELD), -(-small[0] // _HELD)
         formed = small[0] * small[1] + groups * large[0] * large[1]
         pairs = small[0] * large[0]
     rows = 96 if held > 4 else 192
@@ -73,4 +74,4 @@ def direct(s: Sizes) -> Work:
 
 
 def _padded(size: int, to: int) -> int:
-    return ceil(size / to) * to
+    return -(-size // to) * to

@@ -7,7 +7,7 @@ from torch import Tensor
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.influence.projection import Projection
-from unlearn_kernels.per_sample import _costs, _linear_operators  # noqa: F401  registers the operators
+from unlearn_kernels.per_sample import _costs, _linear_ops  # noqa: F401  registers the operators
 from unlearn_kernels.per_sample._checks import check_floats, check_weights, folded
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference.dtypes import accumulation_dtype

@@ -1,4 +1,4 @@
-"""Squared per-sample gradient norms of normalisation layers, and the gradients themselves."""
+"""Squared per-sample gradient norms of normalisation layers, straight and from the gradients."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def _grads(inputs: Layer) -> Call:
 
     def run() -> Tensor:
         weight, bias = norm.grads(inputs.X, inputs.G, **inputs.options)
-        norms = weight.double().square().sum(1)
-        return norms if bias is None else norms + bias.double().square().sum(1)
+        norms = weight.square().sum(1)
+        return norms if bias is None else norms + bias.square().sum(1)
 
     return Call(run)
 
@@ -94,22 +94,23 @@ def _opacus(inputs: Layer) -> Call:
     return Call(opacus.norm_sqnorms(inputs.module, inputs.X, inputs.G))
 
 
-_PROVIDERS = (
-    Provider("unlearn_kernels", _ours, "ours"),
-    Provider("unlearn_kernels grads", _grads, "ours"),
+_PEERS = (
     Provider("plain forward+backward", _plain, "plain", yardstick=True),
     Provider("stream X and G once", _stream, "plain", yardstick=True),
     Provider("opacus", _opacus, requires=("opacus",)),
     Provider("torch.compile", _compiled, compiled=True),
 )
+_OURS = {"sqnorms": _ours, "grads": _grads}
 
 
-def _case(kind: str, label: str, shape: tuple[int, ...], dtype: torch.dtype, warm: Case | None) -> Case:
+def _case(
+    verb: str, kind: str, label: str, shape: tuple[int, ...], dtype: torch.dtype, warm: Case | None
+) -> Case:
     elements = torch.Size(shape).numel()
     return register(
         Case(
-            f"per_sample.norm.sqnorms/{label}/{str(dtype).removeprefix('torch.')}",
-            ops=("norm_sqnorms", "norm_grads"),
+            f"per_sample.norm.{verb}/{label}/{str(dtype).removeprefix('torch.')}",
+            ops=(f"norm_{verb}",),
             shape=f"{kind}, {' x '.join(map(str, shape))}",
             dtype=dtype,
             flops=8 * elements,
@@ -117,16 +118,28 @@ def _case(kind: str, label: str, shape: tuple[int, ...], dtype: torch.dtype, war
             make=_make(kind, shape, dtype),
             reference=_reference,
             error=lambda _, got, expected: elementwise(got, expected),
-            providers=_PROVIDERS,
+            providers=(Provider("unlearn_kernels", _OURS[verb], "ours"), *_PEERS),
             bound=1e-6,
             warm=warm,
         )
     )
 
 
+_TOKENS, _IMAGES = (16, 512, 1024), (8, 320, 64, 64)
+_FEW_TOKENS, _FEW_IMAGES = (4, 32, 64), (4, 64, 8, 8)
+
 for _dtype in (torch.float32, torch.bfloat16):
-    for _kind in ("layer", "rms"):
-        _small = _case(_kind, f"{_kind}-small", (4, 32, 64), _dtype, None)
-        _case(_kind, _kind, (16, 512, 1024), _dtype, _small)
-_small = _case("group", "group-small", (4, 64, 8, 8), torch.float32, None)
-_case("group", "group", (8, 320, 64, 64), torch.float32, _small)
+    _small = _case("sqnorms", "layer", "small", _FEW_TOKENS, _dtype, None)
+    _case("sqnorms", "layer", "layer", _TOKENS, _dtype, _small)
+    _case(
+        "sqnorms",
+        "rms",
+        "rms",
+        _TOKENS,
+        _dtype,
+        _case("sqnorms", "rms", "small-rms", _FEW_TOKENS, _dtype, None),
+    )
+_small = _case("sqnorms", "group", "small-group", _FEW_IMAGES, torch.float32, None)
+_case("sqnorms", "group", "group", _IMAGES, torch.float32, _small)
+_small = _case("grads", "layer", "small", _FEW_TOKENS, torch.float32, None)
+_case("grads", "layer", "layer", _TOKENS, torch.float32, _small)

@@ -47,6 +47,14 @@ def test_project_over_several_parts() -> None:
     assert relative_error(y, exact) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project_of_scattered_blocks(dtype: torch.dtype) -> None:
+    g, blocks = randn(2, 300, dtype=dtype), torch.tensor([7, 2, 1 << 31])
+    y = kernels.rademacher_project(g, 5, SEED, blocks)
+    exact = reference.rademacher_project(g.double(), 5, SEED, blocks)
+    assert relative_error(y, exact) <= (1e-14 if dtype == torch.float64 else 1e-6)
+
+
 def test_project_strides_and_nothing() -> None:
     g = randn(6, 140)
     expected = kernels.rademacher_project(g, 9, 1)

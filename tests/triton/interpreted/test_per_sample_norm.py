@@ -14,14 +14,13 @@ KINDS = pytest.mark.parametrize(("kind", "groups"), [(0, 1), (1, 1), (2, 2), (2,
 
 def check(x: Tensor, g: Tensor, kind: int, groups: int, eps: float = 1e-5) -> None:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for bias in (False, True):
+    for name, bias in (("norm_grads", True), ("norm_sqnorms", False)):
         more = kind, groups, eps, bias
-        for name in ("norm_grads", "norm_sqnorms"):
-            plain = getattr(reference, name)
-            result = getattr(kernels, name)(x, g, *more)
-            assert result.dtype == wide
-            exact = plain(x.double(), g.double(), *more)
-            assert_as_exact_as(name, result, exact, plain(x.to(wide), g.to(wide), *more))
+        plain = getattr(reference, name)
+        result = getattr(kernels, name)(x, g, *more)
+        assert result.dtype == wide
+        exact = plain(x.double(), g.double(), *more)
+        assert_as_exact_as(name, result, exact, plain(x.to(wide), g.to(wide), *more))
 
 
 @KINDS
@@ -30,8 +29,11 @@ def test_dtypes(dtype: torch.dtype, kind: int, groups: int) -> None:
     check(randn(2, 6, 7, dtype=dtype) + 0.5, randn(2, 6, 7, dtype=dtype, seed=1), kind, groups)
 
 
-@KINDS
-@pytest.mark.parametrize("shape", [(1, 40, 70), (1, 2, 1100), (1, 530, 3), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "groups", "shape"),
+    [(0, 1, (1, 36, 70)), (1, 1, (1, 2, 1030)), (2, 1, (1, 2, 1100)), (2, 2, (1, 34, 5)), (2, 2, (1, 2, 1))],
+    ids=str,
+)
 def test_many_tiles_and_parts(shape: tuple[int, ...], kind: int, groups: int) -> None:
     check(randn(*shape) + 3, randn(*shape, seed=1), kind, groups)
 

@@ -22,7 +22,7 @@ from unlearn_kernels.triton_kernels.common import (
 )
 
 _ROWS: Final = 8  # tokens of one id that are loaded at once
-_COLS: Final = 256
+_COLS: Final = 256  # half of that in float64, which takes twice the registers
 _RUN: Final = 256  # tokens whose sum is a chain; above that, sums of sums
 _POSITIONS: Final = 16  # of one program of the inner products
 
@@ -172,6 +172,10 @@ def _sorted(ids: Tensor, rows: int, padding: int, *, together: bool = False) -> 
     return _Sorted(keys, places, torch.searchsorted(keys, keys, right=True))
 
 
+def _columns(width: int, acc: tl.dtype) -> int:
+    return block_size(width, _COLS // (2 if acc == tl.float64 else 1))
+
+
 def _accumulator(*g: Tensor) -> tuple[tl.dtype, torch.dtype]:
     acc = acc_dtype(dot_dtype(*g))
     return acc, torch.float64 if acc == tl.float64 else torch.float32
@@ -186,7 +190,7 @@ def embedding_sqnorms(ids: Tensor, g: Tensor, num_embeddings: int, padding_idx: 
     acc, dtype = _accumulator(g)
     if 0 in g.shape:
         return g.new_zeros(batch, dtype=dtype)
-    cols = block_size(width, _COLS)
+    cols = _columns(width, acc)
     col_tiles = triton.cdiv(width, cols)
     parts = g.new_zeros(batch, tokens * col_tiles, dtype=dtype)
     with on_device(g):
@@ -218,7 +222,7 @@ def embedding_dots(
         pair_kernel[(parts.numel(),)](
             g1, *one, g2, *two, parts, tokens, g2.shape[1], tokens,
             length, lists, width, num_embeddings, *g1.stride(), *g2.stride(), chunks, length.bit_length(),
-            POSITIONS=_POSITIONS, ROWS=_ROWS, COLS=block_size(width, _COLS), RUN=_RUN, ACC=acc,
+            POSITIONS=_POSITIONS, ROWS=_ROWS, COLS=_columns(width, acc), RUN=_RUN, ACC=acc,
             **launch_options(),
         )  # fmt: skip
     return sum_parts(parts, dtype).reshape(shape)
@@ -236,7 +240,7 @@ def embedding_weighted_sum(
     out = g.new_zeros(num_embeddings, width, dtype=dtype if wide else g.dtype)
     if 0 in g.shape:
         return out
-    cols = block_size(width, _COLS)
+    cols = _columns(width, acc)
     col_tiles = triton.cdiv(width, cols)
     with on_device(g):
         tokens_of = _sorted(ids, num_embeddings, padding_idx, together=True)
@@ -257,7 +261,8 @@ def _case(
     for side in sides:
         pointers = {f"g{side}": dtype, **{f"{name}{side}": "i64" for name in _LIST}, **pointers}
     constants = {f"g{side}_d": 1 for side in sides}
-    blocks = {"ROWS": _ROWS, "COLS": _COLS, "RUN": _RUN, "ACC": acc_dtype(DTYPES[dtype])}
+    acc = acc_dtype(DTYPES[dtype])
+    blocks = {"ROWS": _ROWS, "COLS": _columns(768, acc), "RUN": _RUN, "ACC": acc}
     aligned = tuple(f"g{side}_{stride}" for side in sides for stride in "bt")
     return AotCase(kernel, pointers, {**constants, **blocks, **more}, multiples_of_16=("width", *aligned))
 

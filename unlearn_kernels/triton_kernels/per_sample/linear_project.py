@@ -98,7 +98,7 @@ def slab_kernel(
     acc = tl.zeros((ROWS, COLS), dtype=ACC)
     for start in range(begin + part * RUN, end, count * RUN):
         last = tl.minimum(end, start + RUN)
-        acc += signed_sum(slab - begin, seed, start, last, s_b, 1, rows, batch, cols, ACC, ACC)
+        acc += signed_sum(slab - begin, None, seed, start, last, s_b, 1, rows, batch, cols, ACC, ACC, False)
     at = parts + (rows[:, None] * outputs + cols[None, :]) * count + part
     inside = (rows < batch)[:, None] & (cols < outputs)[None, :]
     if not FIRST:

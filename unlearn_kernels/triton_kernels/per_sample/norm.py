@@ -129,7 +129,7 @@ def norm_grads(x: Tensor, g: Tensor, kind: int, groups: int, eps: float, bias: b
             x, g, *statistics, parts, outs, depth, chunk, stats, per, x_b, *x_order, g_b, *g_order, out_tiles, count,
             GROUPED=grouped, BIAS=bias, ROWS=rows, COLS=cols, ACC=acc, **launch_options(),
         )  # fmt: skip
-    return sum_parts(parts, dtype).reshape(batch, 1 + bias, outs)
+    return (parts if count == 1 else sum_parts(parts, dtype)).reshape(batch, 1 + bias, outs)
 
 
 def norm_sqnorms(x: Tensor, g: Tensor, kind: int, groups: int, eps: float, bias: bool) -> Tensor:

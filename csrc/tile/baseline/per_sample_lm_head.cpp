@@ -1,0 +1,3 @@
+#include "tile/baseline/isa.h"
+
+#include "tile/per_sample/lm_head.inc"
