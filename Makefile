@@ -31,8 +31,9 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.test $(VENV)/.built ## write the README's operator table, then check examples and links
+docs: $(VENV)/.test $(VENV)/.built ## write the README's tables, then check examples and links
 	$(BIN)/python docs/operator_table.py --write
+	PYTHONPATH=. $(BIN)/python docs/results_table.py --write
 	$(BIN)/python -m pytest -q tests/packaging/test_docs.py
 
 # A GPU machine brings its own torch and Triton, so this target uses $(PYTHON) as it is and makes no .venv.
