@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
   // rule: 0 A-GEM. Returns the Gramian (2, 2) and the weights (2,) of forget and retain.
   m.def("project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule) -> (Tensor, Tensor)");
+  // counts: elements of each mask, or (by_tensor) of each tensor mask by mask. bits: 8 elements a byte, lowest first.
+  m.def("topk_mask(Tensor[] tensors, int[] counts, bool by_tensor, bool bits) -> Tensor[]");
+  m.def("apply_mask_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 

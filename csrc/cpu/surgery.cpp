@@ -1,49 +1,7 @@
-#include <vector>
-
-#include "cpu/common.h"
+#include "cpu/lists.h"
 
 namespace uk {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-View view_of(const Tensor& t, const void* data) {
-  return {data, dtype_of(t, "every tensor"), int(t.dim()), t.sizes().data(), t.strides().data(), t.is_contiguous()};
-}
-
-std::vector<View> views_of(const Tensors& tensors) {
-  std::vector<View> out;
-  out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(view_of(t, t.const_data_ptr()));
-  return out;
-}
-
-// To be asked for before any const view: making shared memory writable may move it.
-std::vector<View> writable_views_of(const Tensors& tensors) {
-  std::vector<View> out;
-  out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(view_of(t, t.mutable_data_ptr()));
-  return out;
-}
-
-// views[i] has the shape of views[i - count].
-void check_shapes(const char* op, const std::vector<View>& views, size_t count) {
-  for (size_t i = count; i < views.size(); ++i) {
-    const View &a = views[i - count], &b = views[i];
-    bool same = a.dims == b.dims;
-    for (int d = 0; same && d < a.dims; ++d) same = a.sizes[d] == b.sizes[d];
-    STD_TORCH_CHECK(same, op, ": shapes of tensor ", i % count, " differ between the lists");
-  }
-}
-
-void check_clash(const char* op, const std::vector<View>& out, const std::vector<View>& views) {
-  const Clash clash = find_clash(out, views);
-  STD_TORCH_CHECK(!clash, op, ": tensor ", clash.out, " overlaps in memory with ",
-                  clash.other < 0 ? "itself or another tensor that is written" : "another tensor");
-}
-
-// Arithmetic hides behind memory here: about two operations a byte.
-Pool pool_of(const TensorLists& lists) { return pool_for(2.0 * double(lists.bytes())); }
 
 Tensor like(const Tensors& tensors, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(tensors[0], sizes, ScalarType::Double);
