@@ -43,6 +43,22 @@ inline void check_clash(const char* op, const std::vector<View>& out, const std:
                   clash.other < 0 ? "itself or another tensor that is written" : "another tensor");
 }
 
+// For what follows the order of the indices: tensors whose memory does, copies where need be.
+inline Tensors in_order(const Tensors& tensors) {
+  Tensors out;
+  out.reserve(tensors.size());
+  for (const Tensor& t : tensors) out.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  return out;
+}
+
+// Takes what was written to those copies back.
+inline void copy_back(const Tensors& tensors, const Tensors& made) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    Tensor to = tensors[i];
+    if (!to.is_contiguous()) torch::stable::copy_(to, made[i]);
+  }
+}
+
 // Arithmetic hides behind memory here: about two operations a byte.
 inline Pool pool_of(const TensorLists& lists) { return pool_for(2.0 * double(lists.bytes())); }
 

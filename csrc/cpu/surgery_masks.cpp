@@ -5,14 +5,6 @@
 namespace uk {
 namespace {
 
-// Masks follow the order of the indices, so that memory must.
-Tensors in_order(const Tensors& tensors) {
-  Tensors out;
-  out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return out;
-}
-
 int64_t mask_bytes(int64_t elements, bool bits) { return bits ? (elements + 7) / 8 : elements; }
 
 // The masks of one walk over `tensors`, whose outputs are out[mask * stride + first + i].
@@ -87,10 +79,7 @@ void apply_mask_(const Tensors& tensors, const Tensors& masks) {
   }
   const TensorLists lists(views, 1);
   kernels().surgery_masks.apply({lists.walk(), data.data(), bits.get()}, pool_of(lists));
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    Tensor to = tensors[i];
-    if (!to.is_contiguous()) torch::stable::copy_(to, made[i]);
-  }
+  copy_back(tensors, made);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_kernels, CPU, m) {
