@@ -130,7 +130,9 @@ def test_errors_name_the_argument() -> None:
         surgery.project_span_([x], [])
     with pytest.raises(ValueError, match=r"sets\[0\]\[0\] and second_moments\[0\] must have one shape"):
         surgery.weighted_gramian([[x]], [randn(6)])
-    with pytest.raises(ValueError, match="sets.0. and second_moments must have the same length, got 1 and 2"):
+    with pytest.raises(
+        ValueError, match=r"sets\[0\] and second_moments must have the same length, got 1 and 2"
+    ):
         surgery.weighted_gramian([[x]], [x, x])
     with pytest.raises(ValueError, match=r"steps must be one number or one a tensor, 1, got shape \(2,\)"):
         surgery.weighted_gramian([[x]], [x], steps=[1.0, 2.0])

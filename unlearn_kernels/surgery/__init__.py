@@ -1,4 +1,6 @@
-"""Gradient surgery: inner products of whole gradients, and the gradient made from unlearn_kernels.surgery.adamw import SurgicalAdamW
+"""Gradient surgery: inner products of whole gradients, and the gradient made from them."""
+
+from unlearn_kernels.surgery.adamw import SurgicalAdamW
 from unlearn_kernels.surgery.combine import combine, combine_
 from unlearn_kernels.surgery.compressed import CompressedGradient
 from unlearn_kernels.surgery.conflict import Conflict, project_conflict_

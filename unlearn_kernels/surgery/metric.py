@@ -129,7 +129,10 @@ def project_span_(
         gradient: N tensors, changed in place.
         directions: K lists of N tensors (the retain gradients; at least one), of any scale; some may depend
             on others.
-        second_moments, eps, beta2, steps: as of `weighted_gramian`.
+        second_moments: N tensors as of `weighted_gramian`; None for the plain metric.
+        eps: as of `weighted_gramian`.
+        beta2: as of `weighted_gramian`.
+        steps: as of `weighted_gramian`.
         backend: see `unlearn_kernels.use_backend`.
 
     Returns:

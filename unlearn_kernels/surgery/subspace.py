@@ -1,6 +1,6 @@
 """Subspaces that updates must leave alone: a basis a layer, and gradients projected out of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
@@ -28,7 +28,7 @@ class Bases(NamedTuple):
 
 def _matrix(g: Tensor) -> Tensor:
     """`g` as (out, everything else), a vector as one row; a view where there is one."""
-    return g.reshape(1, -1) if g.dim() < 2 else g.reshape(g.shape[0], -1)
+    return g.reshape(1, g.numel()) if g.dim() < 2 else g.flatten(1)
 
 
 def _take_out(g: Tensor, M: Tensor) -> None:
@@ -61,7 +61,7 @@ def _project(i: int, g: Tensor, bases: Bases) -> None:
 def project_out_(gradients: Sequence[Tensor | None], basis: Sequence[Tensor | Bases | None]) -> None:
     r"""Takes a subspace out of each gradient, in place and in factored form.
 
-    .. math:: g \leftarrow g - (g M) M^\top \quad\text{(columns)}, \qquad g \leftarrow g - M (M^\top g) \quad\text{(rows)}
+    .. math:: g \leftarrow g - (g M) M^\top \ \text{(columns)}, \qquad g \leftarrow g - M (M^\top g) \ \text{(rows)}
 
     `4 o d k` operations for a gradient (o, d) and a basis of k vectors, where the dense projector of published
     code costs `2 o d^2` and `d^2` numbers of memory. Both products are torch's: they read and write `g` once each and
@@ -179,7 +179,5 @@ class SubspaceMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self.threshold, self.max_rank = state["threshold"], state["max_rank"]
-        clone: Callable[[Tensor | None], Tensor | None] = lambda x: None if x is None else x.clone()  # noqa: E731
-        self._bases = {
-            name: Bases(**{side: clone(M) for side, M in b.items()}) for name, b in state["bases"].items()
-        }
+        bases = state["bases"].items()
+        self._bases = {name: Bases(**{side: M for side, M in b.items()}) for name, b in bases}
