@@ -209,40 +209,68 @@ class Projection {
 
   // Every weight needs every sum: two passes over memory.
   void at_once() {
-    look({0, walk_.blocks});
+    look({0, walk_.blocks}, pool_);
     Products total{};
     for (int64_t i = 0; i < count_; ++i) add(total, of(i));
     if (options_.skip_nonfinite && !total.finite()) return leave();
     const double f = clip_factor(total.ff, options_.max_norm), r = clip_factor(total.rr, options_.max_norm);
     decide(0, count_, f, r);
     clip_result();
-    act({0, walk_.blocks}, 0, count_);
+    act({0, walk_.blocks}, 0, count_, pool_);
   }
 
-  // Segment after segment, a few positions at a time: the second pass finds them in the cache.
+  // Each segment by itself: the second pass finds in the cache what the first one read. What is small enough is
+  // left to one worker, so that some read while others write; larger tensors are shared by all.
   void in_turn() {
-    int64_t segment = 0;
-    for (int64_t i = 0; i < walk_.count;) {
-      const int64_t first = walk_.positions[i].first_block;
-      for (int64_t bytes = 0; i < walk_.count && bytes < kCached; ++i)
-        bytes += walk_.positions[i].elements *
-                 (size_of(walk_.positions[i].dtypes[0]) + size_of(walk_.positions[i].dtypes[1]));
-      const bool last = i == walk_.count;
-      const Blocks blocks{first, last ? walk_.blocks : walk_.positions[i].first_block};
-      const int64_t next = last ? count_ : walk_.positions[i].segment;
-      look(blocks);
-      decide(segment, next, 1, 1);
-      act(blocks, segment, next);
-      segment = next;
-    }
-    decide(segment, count_, 1, 1);
+    std::vector<Unit> small, large;
+    for (int64_t i = 0; i < walk_.count; ++i) add_units(walk_.positions[i], small, large);
+    for (const Unit& unit : large) process(unit, pool_);
+    const Pool alone{1, pool_.run};
+    pool_.each(int64_t(small.size()), [&](int64_t i, int) { process(small[i], alone); });
+    decide_empty();
   }
 
  private:
   struct Blocks {
     int64_t begin, end;
   };
-  static constexpr int64_t kCached = 8 << 20;  // bytes that surely stay in the last-level cache
+  // Blocks that hold whole segments.
+  struct Unit {
+    Blocks blocks;
+    int64_t first, end;
+  };
+  static constexpr int64_t kCached = 16 << 20;  // bytes that surely stay in the last-level cache
+  static constexpr int64_t kUnit = 256 << 10;   // bytes of tensors that are too small to be handed out one by one
+
+  void add_units(const Position& p, std::vector<Unit>& small, std::vector<Unit>& large) {
+    const int64_t size = size_of(p.dtypes[0]) + size_of(p.dtypes[1]), end = p.first_block + p.blocks();
+    if (p.row > 0) {
+      for (int64_t b = p.first_block; b < end; ++b) {
+        const int64_t first = (b - p.first_block) * p.block;
+        small.push_back({{b, b + 1}, p.segment + first / p.row, p.segment + std::min(p.elements, first + p.block) / p.row});
+      }
+      return;
+    }
+    const int64_t bytes = p.elements * size;
+    if (bytes > kCached / pool_.workers) return large.push_back({{p.first_block, end}, p.segment, p.segment + 1});
+    const bool joins = !small.empty() && small.back().blocks.end == p.first_block && joined_ + bytes <= kUnit;
+    joined_ = joins ? joined_ + bytes : bytes;
+    if (!joins) return small.push_back({{p.first_block, end}, p.segment, p.segment + 1});
+    small.back().blocks.end = end;
+    small.back().end = p.segment + 1;
+  }
+  void process(const Unit& u, const Pool& pool) {
+    look(u.blocks, pool);
+    decide(u.first, u.end, 1, 1);
+    act(u.blocks, u.first, u.end, pool);
+  }
+  // Segments without elements.
+  void decide_empty() {
+    for (int64_t i = 0; i < count_; ++i) {
+      const Products p = of(i);
+      if (p.ff == 0 && p.rr == 0) decide(i, i + 1, 1, 1);
+    }
+  }
 
   static void add(Products& total, const Products& p) {
     total.ff += p.ff;
@@ -253,7 +281,9 @@ class Projection {
     const double* s = sums_.data() + segment * 3;
     return {s[0], s[1], s[2]};
   }
-  void look(const Blocks& b) { kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data()}, pool_); }
+  void look(const Blocks& b, const Pool& pool) {
+    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data()}, pool);
+  }
 
   void decide(int64_t begin, int64_t end, double f, double r) {
     for (int64_t i = begin; i < end; ++i) {
@@ -275,10 +305,10 @@ class Projection {
     const double c = clip_factor(square < 0 ? 0 : square, options_.max_result_norm);
     for (int64_t i = 0; i < 2 * count_; ++i) weights_[i] *= c;
   }
-  void act(const Blocks& b, int64_t begin, int64_t end) {
+  void act(const Blocks& b, int64_t begin, int64_t end, const Pool& pool) {
     for (int64_t i = begin; i < end; ++i) {
       if (weights_[i * 2] == 1 && weights_[i * 2 + 1] == 0) continue;
-      return kernels().surgery.combine({walk_, b.begin, b.end, 0, weights_, true}, pool_);
+      return kernels().surgery.combine({walk_, b.begin, b.end, 0, weights_, true}, pool);
     }
   }
   void leave() {
@@ -295,6 +325,7 @@ class Projection {
   const int64_t count_;
   std::vector<double> sums_;
   double *gram_, *weights_;
+  int64_t joined_ = 0;
 };
 
 bool all_finite(const std::vector<View>& views) {
