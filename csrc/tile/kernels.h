@@ -13,6 +13,7 @@
 #include "tile/surgery.h"
 #include "tile/surgery_adamw.h"
 #include "tile/surgery_compressed.h"
+#include "tile/surgery_elements.h"
 #include "tile/surgery_masks.h"
 #include "tile/surgery_metric.h"
 #include "tile/token_loss.h"
@@ -42,6 +43,7 @@ namespace uk {
   X(__VA_ARGS__, SurgeryCompressed, surgery_compressed)  \
   X(__VA_ARGS__, SurgeryMasks, surgery_masks)            \
   X(__VA_ARGS__, SurgeryMetric, surgery_metric)          \
+  X(__VA_ARGS__, SurgeryElements, surgery_elements)      \
   X(__VA_ARGS__, Influence, influence)                   \
   X(__VA_ARGS__, TokenLoss, token_loss)
 
