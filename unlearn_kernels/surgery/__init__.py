@@ -3,5 +3,6 @@
 from unlearn_kernels.surgery.combine import combine, combine_
 from unlearn_kernels.surgery.conflict import Conflict, project_conflict_
 from unlearn_kernels.surgery.gramian import gramian
+from unlearn_kernels.surgery.rules import weights
 
-__all__ = ["Conflict", "combine", "combine_", "gramian", "project_conflict_"]
+__all__ = ["Conflict", "combine", "combine_", "gramian", "project_conflict_", "weights"]
