@@ -3,6 +3,16 @@
 from unlearn_kernels.surgery.combine import combine, combine_
 from unlearn_kernels.surgery.conflict import Conflict, project_conflict_
 from unlearn_kernels.surgery.gramian import gramian
+from unlearn_kernels.surgery.objectives import GradientSurgery, Step
 from unlearn_kernels.surgery.rules import weights
 
-__all__ = ["Conflict", "combine", "combine_", "gramian", "project_conflict_", "weights"]
+__all__ = [
+    "Conflict",
+    "GradientSurgery",
+    "Step",
+    "combine",
+    "combine_",
+    "gramian",
+    "project_conflict_",
+    "weights",
+]

@@ -1,13 +1,13 @@
 """Rules of two gradients, (forget, retain), of which one is protected from the other."""
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unlearn_kernels.surgery._lists import check_choice
-from unlearn_kernels.surgery.rules.rule import Rule, diagonal, inverse
+from unlearn_kernels.surgery.rules.rule import Rule, at_least, diagonal, inverse
 
 
 def _pair(forget: Tensor, retain: Tensor) -> Tensor:
@@ -27,6 +27,7 @@ class AGEM(Rule):
 
     name: ClassVar[str] = "agem"
     sets: ClassVar[int | None] = 2
+    one_sided: ClassVar[bool] = True
 
     def solve(self, gramian: Tensor) -> Tensor:
         """`(1, -min(0, <f, r>) / |r|^2)`."""
@@ -38,34 +39,34 @@ class AGEM(Rule):
 class GRU(Rule):
     r"""A-GEM against a moving average of retain gradients, with the projection limited. No wait on CUDA.
 
-    .. math:: w = (1, -\|f\| \min(0, \max(\cos(f, r), c)) / \|r\|)
+    .. math:: w = (1, -\|f\| \min(0, \max(\cos(f, r), -c)) / \|r\|)
 
     The moving average is kept by who calls (`GradientSurgery(ema=...)`): here `r` is what the Gramian was taken of.
 
     Args:
-        cosine_clip: `c`; None for no limit, which is A-GEM's formula. The published option is -0.5: stronger
+        cosine_clip: `c`; 1 or more is no limit, which is A-GEM's formula. The published option is 0.5: stronger
             conflicts are then removed in part only.
 
     Raises:
-        ValueError: if `cosine_clip` is outside [-1, 0].
+        ValueError: if `cosine_clip` is negative.
 
     Source: Gradient Rectified Unlearning, github.com/tmlr-group/GRU.
     """
 
     name: ClassVar[str] = "gru"
     sets: ClassVar[int | None] = 2
-    cosine_clip: float | None = None
+    one_sided: ClassVar[bool] = True
+    cosine_clip: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.cosine_clip is not None and not -1 <= self.cosine_clip <= 0:
-            raise ValueError(f"cosine_clip must be between -1 and 0, got {self.cosine_clip}")
+        at_least("cosine_clip", self.cosine_clip, 0)
 
     def solve(self, gramian: Tensor) -> Tensor:
-        """`(1, -|f| / |r| min(0, max(cos, c)))`."""
+        """`(1, -|f| / |r| min(0, max(cos, -c)))`."""
         norms = diagonal(gramian).sqrt()
         f, r = norms[..., 0], norms[..., 1]
         cosine = gramian[..., 0, 1] * inverse(f) * inverse(r)
-        limited = cosine.clamp(min=-1 if self.cosine_clip is None else self.cosine_clip, max=0)
+        limited = cosine.clamp(min=-min(self.cosine_clip, 1.0), max=0)
         return _pair(torch.ones_like(f), -limited * f * inverse(r))
 
 
@@ -82,10 +83,7 @@ class BLUR(Rule):
 
     Args:
         gamma: `\gamma`.
-        level: `lower` or `upper`. The published code runs `lower` with 1.0 whatever its caller asks for.
-
-    Raises:
-        ValueError: if `level` is neither.
+        lower: which. The published code runs `lower` with 1.0 whatever its caller asks for.
 
     Source: BLUR, arXiv 2506.08164; github.com/OptimAI-Lab/BLURLLMUnlearning.
     """
@@ -93,14 +91,11 @@ class BLUR(Rule):
     name: ClassVar[str] = "blur"
     sets: ClassVar[int | None] = 2
     gamma: float = 1.0
-    level: Literal["lower", "upper"] = "lower"
-
-    def __post_init__(self) -> None:
-        check_choice("level", self.level, ("lower", "upper"))
+    lower: bool = True
 
     def solve(self, gramian: Tensor) -> Tensor:
         """1 for the gradient that stays, `gamma - <r, f> / |x|^2` for the other one, `x`."""
-        k = 0 if self.level == "lower" else 1
+        k = 0 if self.lower else 1
         square = gramian[..., k, k]
         moved = torch.where(square == 0, 0.0, self.gamma - gramian[..., 0, 1] * inverse(square))
         whole = torch.ones_like(moved)

@@ -19,11 +19,13 @@ class Rule(ABC):
         name: what `weights` and the registry know it as.
         sets: how many gradients it takes; None for any number. Rules of two take (forget, retain).
         waits: whether a CUDA Gramian makes the host wait, because a step of the solution needs the host.
+        one_sided: whether the first gradient is all that is changed, so that a parameter without one is left out.
     """
 
     name: ClassVar[str]
     sets: ClassVar[int | None] = None
     waits: ClassVar[bool] = False
+    one_sided: ClassVar[bool] = False
 
     @torch.no_grad()
     def __call__(self, gramian: Tensor) -> Tensor:
