@@ -44,7 +44,8 @@ def share(parameter: Any, gradient: Any, processes: int) -> float:
     if is_dtensor(gradient):
         parts = 1
         for dimension, placement in enumerate(gradient.placements):
-            parts *= gradient.device_mesh.size(dimension) if placement.is_shard() else 1
+            # Not `is_shard()`, which a strided shard (FSDP2 over tensor parallel) denies.
+            parts *= 1 if placement.is_replicate() else gradient.device_mesh.size(dimension)
         return parts / processes
     return 1.0 if getattr(parameter, "tensor_model_parallel", False) else 1 / processes
 
