@@ -47,11 +47,17 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
       "lm_head_tied_dots(Tensor ids, Tensor g, Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, "
       "Tensor? bias, int padding_idx, int ignore_index) -> Tensor");
 
-  // Tensors of set 0 first, then those of set 1, and so on.
-  m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
-  m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
-  // rule: 0 A-GEM. Returns the Gramian (2, 2) and the weights (2,) of forget and retain.
-  m.def("project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule) -> (Tensor, Tensor)");
+  // Tensors of set 0 first, then those of set 1, and so on. scope: 0 global, 1 group, 2 tensor, 3 row; the results
+  // of all but the first have one more dimension. groups: for scope 1, the group of each tensor of a set.
+  m.def("gramian(Tensor[] tensors, int sets, int scope=0, int[] groups=[]) -> Tensor");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights, int scope=0, int[] groups=[]) -> ()");
+  // rule: agem, pcgrad, gru, blur, gdr_gma, doco, sago, graddrop. scope: as above, or 4 element. options: gamma, alpha,
+  // eps, lam, cosine_clip, max_norm, max_result_norm, leak of forget, leak of retain. flags: 1 compat, 2 upper, 4 the
+  // retain gradient is kept where signs agree, 8 skip a non-finite step. Returns Gramians and weights of (forget,
+  // retain), or for the scope of elements the share of conflicts of each tensor.
+  m.def(
+      "project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule, int scope, int[] groups, float[] options, "
+      "int flags, int seed) -> (Tensor, Tensor, Tensor)");
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 

@@ -113,7 +113,8 @@ def _combine(dtype: torch.dtype, device: str) -> Arguments:
 
 def _project_conflict(dtype: torch.dtype, device: str) -> Arguments:
     tensors = _tensors(dtype, device)
-    return tensors[:2], [-x for x in tensors[:1]] + tensors[3:], 0
+    options = [1.0, 0.0, 0.0, 1.0, float("inf"), float("inf"), float("inf"), 0.0, 0.0]
+    return tensors[:2], [-x for x in tensors[:1]] + tensors[3:], 0, 0, [], options, 0, 0
 
 
 def _rademacher_project(dtype: torch.dtype, device: str) -> Arguments:
