@@ -186,6 +186,19 @@ def test_weights_may_be_given_or_made_by_any_rule() -> None:
     assert relative_error(flat(given), flat(theirs)) < 1e-6
 
 
+def test_rules_by_name_and_parameters_with_one_gradient_only() -> None:
+    forget, retain = conflicts(1, torch.float32)[0]
+    params, theirs = parameters(), parameters()
+    optimizer = SurgicalAdamW(params, rule="mean")
+    optimizer.step(forget=[None, *forget[1:4], None], retain=[*retain[:4], None])
+    assert torch.equal(optimizer.conflict.weights, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert torch.equal(params[4], parameters()[4])
+    for p, f, r in zip(theirs[:4], [torch.zeros_like(retain[0]), *forget[1:]], retain, strict=False):
+        p.grad = 0.5 * f + 0.5 * r
+    torch.optim.AdamW(theirs).step()
+    assert relative_error(flat(params), flat(theirs)) < 1e-6
+
+
 def test_a_gradient_of_weight_zero_is_not_read() -> None:
     forget, retain = conflicts(1, torch.float32)[0]
     retain[4][5] = torch.nan
@@ -298,7 +311,7 @@ def test_errors_name_the_argument() -> None:
     x = randn(5)
     for message, settings in (
         ("amsgrad is not supported", {"amsgrad": True}),
-        ("rule must be 'agem', got 'nonsense'", {"rule": "nonsense"}),
+        ("rule must be .* got 'nonsense'", {"rule": "nonsense"}),
         ("lr must be at least 0, got -1", {"lr": -1}),
         ("betas must be at least 0 and less than 1", {"betas": (0.9, 1.0)}),
         ("eps must be at least 0", {"eps": -1e-8}),

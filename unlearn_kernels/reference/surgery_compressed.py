@@ -43,6 +43,11 @@ def decompress_(out: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence
 def project_conflict_compressed_(
     forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], rule: int
 ) -> tuple[Tensor, Tensor]:
-    """`project_conflict_` with the retain gradient that the codes stand for."""
+    """`project_conflict_` with the retain gradient that the codes stand for. `rule` is 0: A-GEM."""
     retain = [_decompressed(c, s) for c, s in zip(codes, scales, strict=True)]
-    return surgery.project_conflict_(forget, retain, rule)
+    tensors = [*forget, *retain]
+    G = surgery.gramian(tensors, 2)
+    weights = surgery.agem_weights(G)
+    if weights[1] != 0:
+        surgery.combine_(forget, tensors, weights)
+    return G, weights

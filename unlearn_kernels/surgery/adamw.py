@@ -9,14 +9,12 @@ from torch import Tensor
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference import surgery_adamw as reference
-from unlearn_kernels.reference.surgery import agem_weights
 from unlearn_kernels.surgery import _lists
-from unlearn_kernels.surgery.conflict import Conflict, _pairs
+from unlearn_kernels.surgery.conflict import Conflict
 from unlearn_kernels.surgery.gramian import gramian
+from unlearn_kernels.surgery.rules import make_rule
 
-Rule = Callable[[Tensor], Tensor]
 Gradients = Sequence[Tensor | None] | Mapping[Tensor, Tensor | None]
-_RULES: Final[dict[str, Rule]] = {"agem": agem_weights}
 _NAMES: Final = ("params", "exp_avg", "exp_avg_sq", "forget", "retain")
 # What torch.optim.AdamW keeps in its groups too, so that state goes either way. Fused: steps lie on the device.
 _SHARED: Final = {
@@ -59,8 +57,8 @@ class SurgicalAdamW(torch.optim.Optimizer):
         params: as of every torch optimizer: parameters or groups of them, of float32, float64, bfloat16 or
             float16. Groups may differ in all of the following five.
         lr, betas, eps, weight_decay, maximize: as of `torch.optim.AdamW`; `lr` may be a tensor of one element.
-        rule: `agem`, or a function from the Gramian (2, 2) float64 of (forget, retain) to their weights (2,),
-            on its device, so that nothing waits.
+        rule: a name of `surgery.rules.RULES`, such a rule, or any function from the Gramian (2, 2) float64 of
+            (forget, retain) to their weights (2,), on its device, so that nothing waits.
         moments: the dtype of `exp_avg` and `exp_avg_sq`; by default the parameter's, as torch has it.
         stochastic_rounding: bfloat16 parameters are rounded up or down at random, so that updates below
             their resolution are right on average. Philox4x32-10, keyed by `seed`, with the step and the place of
@@ -73,7 +71,8 @@ class SurgicalAdamW(torch.optim.Optimizer):
         conflict: the `Conflict` of the last step: Gramian and weights, before the gradient scale is divided out.
 
     A step in which a weight or `|f|` or `|r|` is not finite is skipped as a whole, `step` of the state included,
-    decided on the device. Parameters without a forget gradient take no part. `state_dict` is that of
+    decided on the device. Parameters without a gradient take no part; for a rule that changes the forget gradient
+    alone (`agem`, `gru`), neither do those without a forget gradient. `state_dict` is that of
     `torch.optim.AdamW`, and either loads the other's. Under `torch.amp.GradScaler` both gradients carry its scale.
 
     Raises:
@@ -93,7 +92,7 @@ class SurgicalAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        rule: str | Rule = "agem",
+        rule: str | Callable[[Tensor], Tensor] = "agem",
         moments: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -102,11 +101,9 @@ class SurgicalAdamW(torch.optim.Optimizer):
     ) -> None:
         if amsgrad:
             raise ValueError("amsgrad is not supported by SurgicalAdamW, got True")
-        if isinstance(rule, str):
-            _lists.check_choice("rule", rule, tuple(_RULES))
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        self.rule: Rule = _RULES[rule] if isinstance(rule, str) else rule
+        self.rule = make_rule(rule) if isinstance(rule, str) else rule
         self.moments, self.stochastic_rounding, self.seed = moments, stochastic_rounding, seed
         self.backend = backend
         self.conflict: Conflict | None = None
@@ -159,9 +156,12 @@ class SurgicalAdamW(torch.optim.Optimizer):
         if rs is None:
             raise ValueError("retain must be given, here or to take_retain, got None")
         self._retain = None
-        given, kept_retain, places = _pairs(fs, rs)
-        if given:
-            self._apply([params[i] for i in places], given, kept_retain, places, weights)
+        one_sided = weights is None and getattr(self.rule, "one_sided", False)
+        pairs = list(zip(fs, rs, strict=True))
+        places = [i for i, (f, r) in enumerate(pairs) if f is not None or not (one_sided or r is None)]
+        if places:
+            given, kept = ([_or_zeros(pairs[i][side], params[i]) for i in places] for side in (0, 1))
+            self._apply([params[i] for i in places], given, kept, places, weights)
         return loss
 
     def _params(self) -> list[Tensor]:
@@ -201,7 +201,7 @@ class SurgicalAdamW(torch.optim.Optimizer):
         else:
             G = gramian([forget, retain], backend=self.backend)
             w = self.rule(G).double()
-            self.conflict = Conflict(G, w)
+            self.conflict = Conflict(G, w, w[:0])
             w = torch.where(G.diagonal().isfinite().all(), w, torch.nan)
         scale = getattr(self, "grad_scale", None)
         return (w if scale is None else w / scale.to(w)).contiguous()
@@ -252,6 +252,11 @@ class SurgicalAdamW(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in saved:  # torch has cast it to the parameter's dtype
                     state[name] = saved[name].to(p.device, self.moments or p.dtype, copy=True)
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Zeros, which take no memory, for a gradient that is None."""
+    return like.new_zeros(()).expand_as(like) if gradient is None else gradient
 
 
 def _listed(name: str, gradients: Gradients, params: Sequence[Tensor]) -> list[Tensor | None]:

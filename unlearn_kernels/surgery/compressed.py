@@ -148,10 +148,10 @@ class CompressedGradient:
                 raise ValueError(f"forget[{i}] must have shape {tuple(c.shape)}, got {tuple(f.shape)}")
         if not forget:
             zero = torch.zeros(2, 2, dtype=torch.float64)
-            return Conflict(zero, torch.tensor([1.0, 0.0], dtype=torch.float64))
+            return Conflict(zero, torch.tensor([1.0, 0.0], dtype=torch.float64), zero[0, :0])
         call = _lists.kernel("project_conflict_compressed", backend, ["forget"], [forget])
         with torch.no_grad():
             found = _lists.written(
                 ["forget"], forget, [], lambda: call(list(forget), self.codes, self.scales, _AGEM)
             )
-        return Conflict(*found)
+        return Conflict(*found, found[0][0, :0])

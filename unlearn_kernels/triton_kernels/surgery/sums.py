@@ -250,7 +250,14 @@ TABLE_TYPES: Final = {
 def _case(kernel: Any, lists: int, types: int, acc: tl.dtype, aligned: bool = True, **more: Any) -> AotCase:
     gram = kernel is gramian_kernel
     lanes = 4096 // max(2, triton.next_power_of_2(lists)) if gram else _lanes(types)
-    constants = {"LISTS": lists, **blocks(lists, lanes), "TYPES": types, "ACC": acc, "ALIGNED": aligned, **more}
+    constants = {
+        "LISTS": lists,
+        **blocks(lists, lanes),
+        "TYPES": types,
+        "ACC": acc,
+        "ALIGNED": aligned,
+        **more,
+    }
     return AotCase(kernel, {**TABLE_TYPES, "parts" if gram else "weights": "fp64"}, constants)
 
 
