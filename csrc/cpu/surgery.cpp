@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <deque>
 #include <limits>
+#include <thread>
+#include <vector>
 
 #include "cpu/lists.h"
 #include "cpu/surgery_rules.h"
@@ -102,7 +105,7 @@ Tensor gramian(const Tensors& tensors, int64_t sets, int64_t scope, std::vector<
   double* full = static_cast<double*>(out.mutable_data_ptr());
   std::vector<double> sums(segments.count * sets * (sets + 1) / 2);
   const Walk walk = lists.walk();
-  kernels().surgery.gramian({walk, 0, walk.blocks, sums.data()}, pool_of(lists));
+  kernels().surgery.gramian({walk, 0, walk.blocks, sums.data(), nullptr}, pool_of(lists));
   const double* sum = sums.data();
   for (int64_t segment = 0; segment < segments.count; ++segment, full += sets * sets)
     for (int64_t a = 0; a < sets; ++a)
@@ -170,7 +173,7 @@ class Projection {
   void at_once() {
     look({0, walk_.blocks}, pool_);
     Products total{};
-    for (int64_t i = 0; i < count_; ++i) add(total, of(i));
+    for (int64_t i = 0; i < count_; ++i) add_to(total, of(i));
     if (options_.skip_nonfinite && !total.finite()) return leave();
     const double f = clip_factor(total.ff, options_.max_norm), r = clip_factor(total.rr, options_.max_norm);
     decide(0, count_, f, r);
@@ -179,13 +182,12 @@ class Projection {
   }
 
   // Each segment by itself: the second pass finds in the cache what the first one read. What is small enough is
-  // left to one worker, so that some read while others write; larger tensors are shared by all.
+  // left to one worker, so that some read while others write; the blocks of a larger tensor are shared, first to
+  // look and then to act.
   void in_turn() {
-    std::vector<Unit> small, large;
-    for (int64_t i = 0; i < walk_.count; ++i) add_units(walk_.positions[i], small, large);
-    for (const Unit& unit : large) process(unit, pool_);
+    for (int64_t i = 0; i < walk_.count; ++i) add(walk_.positions[i]);
     const Pool alone{1, pool_.run};
-    pool_.each(int64_t(small.size()), [&](int64_t i, int) { process(small[i], alone); });
+    pool_.each(int64_t(steps_.size()), [&](int64_t i, int) { take(steps_[i], alone); });
     decide_empty();
   }
 
@@ -193,35 +195,71 @@ class Projection {
   struct Blocks {
     int64_t begin, end;
   };
-  // Blocks that hold whole segments.
-  struct Unit {
-    Blocks blocks;
-    int64_t first, end;
-  };
   static constexpr int64_t kCached = 16 << 20;  // bytes that surely stay in the last-level cache
   static constexpr int64_t kUnit = 256 << 10;   // bytes of tensors that are too small to be handed out one by one
 
-  void add_units(const Position& p, std::vector<Unit>& small, std::vector<Unit>& large) {
+  // A tensor whose blocks are shared.
+  struct Shared {
+    const Position& position;
+    std::vector<double> parts;
+    std::atomic<int64_t> unread;
+    std::atomic<bool> decided{false};
+
+    explicit Shared(const Position& p) : position(p), parts(p.blocks() * 3), unread(p.blocks()) {}
+  };
+  // What a worker does at once: all of the segments [first, end), or one block of a tensor that is shared. Steps are
+  // taken in order, so that whoever waits for others waits for what is being done.
+  struct Step {
+    Blocks blocks;
+    int64_t first, end;
+    Shared* shared;
+    bool acts;
+  };
+
+  void add(const Position& p) {
     const int64_t size = size_of(p.dtypes[0]) + size_of(p.dtypes[1]), end = p.first_block + p.blocks();
+    const int64_t bytes = p.elements * size;
     if (p.row > 0) {
       for (int64_t b = p.first_block; b < end; ++b) {
-        const int64_t first = (b - p.first_block) * p.block;
-        small.push_back({{b, b + 1}, p.segment + first / p.row, p.segment + std::min(p.elements, first + p.block) / p.row});
+        const int64_t at = (b - p.first_block) * p.block, stop = std::min(p.elements, at + p.block);
+        steps_.push_back({{b, b + 1}, p.segment + at / p.row, p.segment + stop / p.row, nullptr, false});
       }
-      return;
+    } else if (bytes > kCached / pool_.workers && pool_.workers > 1) {
+      shared_.emplace_back(p);
+      for (int64_t b = p.first_block; b < end; ++b) steps_.push_back({{b, b + 1}, 0, 0, &shared_.back(), false});
+      for (int64_t b = end; b-- > p.first_block;) steps_.push_back({{b, b + 1}, 0, 0, &shared_.back(), true});
+      joined_ = kUnit;
+    } else if (!steps_.empty() && joined_ + bytes <= kUnit) {
+      joined_ += bytes;
+      steps_.back().blocks.end = end;
+      steps_.back().end = p.segment + 1;
+    } else {
+      joined_ = bytes;
+      steps_.push_back({{p.first_block, end}, p.segment, p.segment + 1, nullptr, false});
     }
-    const int64_t bytes = p.elements * size;
-    if (bytes > kCached / pool_.workers) return large.push_back({{p.first_block, end}, p.segment, p.segment + 1});
-    const bool joins = !small.empty() && small.back().blocks.end == p.first_block && joined_ + bytes <= kUnit;
-    joined_ = joins ? joined_ + bytes : bytes;
-    if (!joins) return small.push_back({{p.first_block, end}, p.segment, p.segment + 1});
-    small.back().blocks.end = end;
-    small.back().end = p.segment + 1;
   }
-  void process(const Unit& u, const Pool& pool) {
-    look(u.blocks, pool);
-    decide(u.first, u.end, 1, 1);
-    act(u.blocks, u.first, u.end, pool);
+
+  void take(const Step& step, const Pool& alone) {
+    if (step.shared == nullptr) {
+      look(step.blocks, alone);
+      decide(step.first, step.end, 1, 1);
+      act(step.blocks, step.first, step.end, alone);
+    } else if (step.acts) {
+      const int64_t segment = step.shared->position.segment;
+      while (!step.shared->decided.load(std::memory_order_acquire)) std::this_thread::yield();
+      act(step.blocks, segment, segment + 1, alone);
+    } else {
+      look_shared(*step.shared, step.blocks, alone);
+    }
+  }
+  void look_shared(Shared& s, const Blocks& b, const Pool& alone) {
+    double* parts = s.parts.data() + (b.begin - s.position.first_block) * 3;
+    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data(), parts}, alone);
+    if (s.unread.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    const int64_t segment = s.position.segment;
+    for (size_t i = 0; i < s.parts.size(); ++i) sums_[segment * 3 + i % 3] += s.parts[i];
+    decide(segment, segment + 1, 1, 1);
+    s.decided.store(true, std::memory_order_release);
   }
   // Segments without elements.
   void decide_empty() {
@@ -231,7 +269,7 @@ class Projection {
     }
   }
 
-  static void add(Products& total, const Products& p) {
+  static void add_to(Products& total, const Products& p) {
     total.ff += p.ff;
     total.fr += p.fr;
     total.rr += p.rr;
@@ -241,7 +279,7 @@ class Projection {
     return {s[0], s[1], s[2]};
   }
   void look(const Blocks& b, const Pool& pool) {
-    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data()}, pool);
+    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data(), nullptr}, pool);
   }
 
   void decide(int64_t begin, int64_t end, double f, double r) {
@@ -284,14 +322,16 @@ class Projection {
   const int64_t count_;
   std::vector<double> sums_;
   double *gram_, *weights_;
-  int64_t joined_ = 0;
+  std::vector<Step> steps_;
+  std::deque<Shared> shared_;
+  int64_t joined_ = kUnit;  // bytes of the last step, if others may join it
 };
 
 bool all_finite(const std::vector<View>& views) {
   const TensorLists lists(views, 2);
   const Walk walk = lists.walk();
   double s[3] = {};
-  kernels().surgery.gramian({walk, 0, walk.blocks, s}, pool_of(lists));
+  kernels().surgery.gramian({walk, 0, walk.blocks, s, nullptr}, pool_of(lists));
   return Products{s[0], s[1], s[2]}.finite();
 }
 

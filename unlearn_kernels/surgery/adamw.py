@@ -24,7 +24,7 @@ _SHARED: Final = {
 
 
 def _triton(*arguments: Any) -> None:
-    from unlearn_kernels.triton_kernels import surgery_adamw as kernels
+    from unlearn_kernels.triton_kernels.surgery import adamw as kernels
 
     kernels.surgical_adamw_(*arguments)
 

@@ -31,13 +31,13 @@ def _fake_project(forget: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _triton_compress(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    from unlearn_kernels.triton_kernels import surgery_compressed as kernels
+    from unlearn_kernels.triton_kernels.surgery import compressed as kernels
 
     return kernels.compress(tensors)
 
 
 def _triton_decompress(out: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-    from unlearn_kernels.triton_kernels import surgery_compressed as kernels
+    from unlearn_kernels.triton_kernels.surgery import compressed as kernels
 
     kernels.decompress_(out, codes, scales)
 
@@ -45,7 +45,7 @@ def _triton_decompress(out: Sequence[Tensor], codes: Sequence[Tensor], scales: S
 def _triton_project(
     forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], rule: int
 ) -> tuple[Tensor, Tensor]:
-    from unlearn_kernels.triton_kernels import surgery_compressed as kernels
+    from unlearn_kernels.triton_kernels.surgery import compressed as kernels
 
     return kernels.project_conflict_compressed_(forget, codes, scales, rule)
 

@@ -29,13 +29,13 @@ def _fake_topk(tensors: Sequence[Tensor], counts: Sequence[int], by_tensor: bool
 def _triton_topk(
     tensors: Sequence[Tensor], counts: Sequence[int], by_tensor: bool, bits: bool
 ) -> list[Tensor]:
-    from unlearn_kernels.triton_kernels import surgery_masks as kernels
+    from unlearn_kernels.triton_kernels.surgery import masks as kernels
 
     return kernels.topk_mask(tensors, counts, by_tensor, bits)
 
 
 def _triton_apply(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    from unlearn_kernels.triton_kernels import surgery_masks as kernels
+    from unlearn_kernels.triton_kernels.surgery import masks as kernels
 
     kernels.apply_mask_(tensors, masks)
 

@@ -22,7 +22,7 @@ def _fake(
 def _triton(
     tensors: Sequence[Tensor], sets: int, seconds: Sequence[Tensor], scales: Tensor, eps: float
 ) -> Tensor:
-    from unlearn_kernels.triton_kernels import surgery_metric as kernels
+    from unlearn_kernels.triton_kernels.surgery import metric as kernels
 
     return kernels.weighted_gramian(tensors, sets, seconds, scales, eps)
 

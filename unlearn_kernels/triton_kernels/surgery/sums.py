@@ -10,10 +10,21 @@ from torch import Tensor
 
 from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import (
-    block_size, launch_options, load_as, on_device, program, span, store_as,
+    block_size,
+    launch_options,
+    load_as,
+    on_device,
+    program,
+    span,
+    store_as,
 )  # fmt: skip
 from unlearn_kernels.triton_kernels.surgery.tables import (
-    ROW, Table, copy_back, made_dense, refuse_overlap, table_of,
+    ROW,
+    Table,
+    copy_back,
+    made_dense,
+    refuse_overlap,
+    table_of,
 )  # fmt: skip
 
 
@@ -173,11 +184,11 @@ def _lanes(types: int) -> int:
 def segment_sums(parts: Tensor, table: Table) -> Tensor:
     """(segments, values) sums of parts (values, tasks)."""
     values, tasks = parts.shape
-    out = torch.empty(table.count, values, dtype=torch.float64, device=parts.device)
+    out = torch.empty(table.sums, values, dtype=torch.float64, device=parts.device)
     if out.numel() > 0:
         block = block_size(min(tasks, 1024), 1024)
         with on_device(parts):
-            segment_sums_kernel[(table.count, values)](
+            segment_sums_kernel[(table.sums, values)](
                 parts, table.firsts, out, tasks, BLOCK=block, **launch_options()
             )
     return out

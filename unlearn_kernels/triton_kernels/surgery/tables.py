@@ -41,7 +41,7 @@ class Table(NamedTuple):
         return self.positions.shape[0]
 
     @property
-    def count(self) -> int:
+    def sums(self) -> int:
         """How many segments."""
         return self.firsts.shape[0] - 1
 
@@ -80,7 +80,7 @@ def _chunks(tensors: Sequence[Tensor], scope: int, groups: Sequence[int]) -> _Ch
     order = torch.argsort(segment, stable=True)
     count = {GLOBAL: 1, GROUP: max(groups, default=0) + 1}.get(scope, len(position))
     firsts = torch.searchsorted(segment[order].contiguous(), torch.arange(count + 1))
-    return _Chunks(*(x[order] for x in (position[piece], starts, stops, segment)), firsts)
+    return _Chunks(position[piece][order], starts[order], stops[order], segment[order], firsts)
 
 
 def table_of(lists: Sequence[Sequence[Tensor]], scope: int = GLOBAL, groups: Sequence[int] = ()) -> Table:
