@@ -144,13 +144,18 @@ def check_gramian() -> None:
     mesh = init_device_mesh("cpu", (world,))
     shapes = ((7, 5), (9,), (4, 6), (3, 2), (2,), ())
     placements = (Shard(0), Shard(0), Shard(1), Replicate(), None, None)
-    values = [[randn(*s, seed=10 * k + i, dtype=torch.float64) for i, s in enumerate(shapes)] for k in range(3)]
+    values = [
+        [randn(*s, seed=10 * k + i, dtype=torch.float64) for i, s in enumerate(shapes)] for k in range(3)
+    ]
     ps = [nn.Parameter(torch.zeros(s, dtype=torch.float64)) for s in shapes]
     for i, place in enumerate(placements):
         if place is not None:
             ps[i] = nn.Parameter(distribute_tensor(ps[i].data, mesh, [place]))
-    for scope in ("global",):
-        surg = GradientSurgery(ps, "mgda", objectives=("a", "b", "c"), group=dist.group.WORLD)
+    groups = [{"params": ps[:2]}, {"params": ps[2:]}]
+    for scope, numbers in (("global", (6,)), ("tensor", (6, 6)), ("group", (2, 6))):
+        surg = GradientSurgery(
+            groups, "mgda", objectives=("a", "b", "c"), scope=scope, group=dist.group.WORLD
+        )
         for name, tensors in zip(surg.objectives, values, strict=True):
             with surg.objective(name):
                 for p, x, place in zip(ps, tensors, placements, strict=True):
@@ -158,21 +163,29 @@ def check_gramian() -> None:
                 if name == "b":
                     due = DTensor.from_local(values[1][3] / world, mesh, [Partial()], run_check=False)
                     ps[3].grad = due
-        exact = surgery.gramian(values, scope=scope)
+        by = {"scope": scope, "groups": [0, 0, 1, 1, 1, 1] if scope == "group" else None}
+        exact = surgery.gramian(values, **by)
         with reductions() as seen:
             found = surg.apply()
-        assert [shape for shape in seen if shape == (6,)] == [(6,)]
+        assert seen == [numbers]
         assert relative_error(found.gramian, exact) < 1e-13
-        sums = surgery.combine(values, surgery.weights(exact, "mgda"))
+        sums = surgery.combine(values, surgery.weights(exact, "mgda"), **by)
         for p, x in zip(ps, sums, strict=True):
             assert relative_error(whole(p.grad), x) < 1e-12
+        surg.zero_grad()
 
 
 def check_marked() -> None:
     """Megatron's parts of tensors are plain tensors with a mark."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    full = [[randn(2 * world, 3, seed=k, dtype=torch.float64), randn(5, seed=k + 9, dtype=torch.float64)] for k in range(2)]
-    ps = [nn.Parameter(torch.zeros(2, 3, dtype=torch.float64)), nn.Parameter(torch.zeros(5, dtype=torch.float64))]
+    full = [
+        [randn(2 * world, 3, seed=k, dtype=torch.float64), randn(5, seed=k + 9, dtype=torch.float64)]
+        for k in range(2)
+    ]
+    ps = [
+        nn.Parameter(torch.zeros(2, 3, dtype=torch.float64)),
+        nn.Parameter(torch.zeros(5, dtype=torch.float64)),
+    ]
     ps[0].tensor_model_parallel = True
     surg = GradientSurgery(ps, "agem", group=dist.group.WORLD)
     for name, (part, replica) in zip(surg.objectives, full, strict=True):
@@ -189,7 +202,9 @@ def check() -> None:
     for views in (False, True):
         # The extra layer has no forget gradient.
         check_steps(
-            lambda m, v=views: DistributedDataParallel(m, gradient_as_bucket_view=v, find_unused_parameters=True),
+            lambda m, v=views: DistributedDataParallel(
+                m, gradient_as_bucket_view=v, find_unused_parameters=True
+            ),
             [],
             split=True,
             rules=("pcgrad",),
@@ -199,6 +214,7 @@ def check() -> None:
     check_steps(shard, [(3,), (6,)], split=True, rules=("gru",), ema={"retain": 0.5}, max_norm=0.1)
     check_steps(partly_sharded, [(3,), (3,)], split=True, rules=("pcgrad",))
     check_steps(lambda m: parallel(m, mesh), [(3,), (3,)], split=False)
+    check_steps(shard, [(7, 3), (7, 3)], split=True, rules=("pcgrad",), scope="tensor")
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
         check_steps(lambda m: shard(parallel(m, square["model"]), square["data"]), [(3,), (3,)], split=False)
