@@ -213,8 +213,9 @@ def check() -> None:
     # At the second step the average is a third source.
     check_steps(shard, [(3,), (6,)], split=True, rules=("gru",), ema={"retain": 0.5}, max_norm=0.1)
     check_steps(partly_sharded, [(3,), (3,)], split=True, rules=("pcgrad",))
-    check_steps(lambda m: parallel(m, mesh), [(3,), (3,)], split=False)
+    check_steps(lambda m: parallel(m, mesh), [(3,), (3,)], split=False, rules=("upgrad",))
     check_steps(shard, [(7, 3), (7, 3)], split=True, rules=("pcgrad",), scope="tensor")
     if world == 4:
         square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
-        check_steps(lambda m: shard(parallel(m, square["model"]), square["data"]), [(3,), (3,)], split=False)
+        both = (lambda m: shard(parallel(m, square["model"]), square["data"]), [(3,), (3,)])
+        check_steps(*both, split=False, rules=("pcgrad",))
