@@ -17,7 +17,7 @@ from unlearn_kernels.surgery import GradientSurgery
 from unlearn_kernels.testing import randn, relative_error
 
 EXACT = 1e-9
-RULES = ("agem", "pcgrad", "upgrad")
+RULES = ("agem", "upgrad")
 
 
 class Perceptron(nn.Module):
