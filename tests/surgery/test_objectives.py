@@ -329,10 +329,16 @@ def test_the_norm_is_limited_before_the_gradient_is_formed(rule):
     surg = GradientSurgery(model, rule, max_norm=0.01)
     collect(surg, model, X[0], X[1])
     found = surg.apply()
-    assert abs(found.norm - 0.01) < 1e-12
-    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-    assert abs(norm - 0.01) < 1e-12
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert abs(torch.cat([g.flatten() for g in gradients]).norm() - found.norm) < 1e-12
     surg.zero_grad()
+    plain = GradientSurgery(model, rule)
+    collect(plain, model, X[0], X[1])
+    plain.apply()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(relative_error(g, e) < 1e-9 for g, e in zip(gradients, expected, strict=True))
+    plain.zero_grad()
     wide = GradientSurgery(model, rule, max_norm=1e6)
     collect(wide, model, X[0], X[1])
     assert wide.apply().norm > 0.01
@@ -366,12 +372,71 @@ def test_gradients_outside_of_objectives_are_put_back():
     assert all(a is p.grad for a, p in zip(outside, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("scope", ["tensor", "group", "row"])
+@pytest.mark.parametrize("rule", ["pcgrad", "mgda", "agem"])
+def test_each_segment_has_its_own_weights(scope, rule):
+    model = net()
+    optimizer = torch.optim.SGD(
+        [{"params": model.body.parameters()}, {"params": model.head.parameters()}], lr=0.1
+    )
+    surg = GradientSurgery(optimizer.param_groups, rule, scope=scope)
+    collect(surg, model, X[0], X[1])
+    held = [[x.clone() for x in surg._held[name]] for name in surg.objectives]
+    groups = [0, 0, 1, 1] if scope == "group" else None
+    G = surgery.gramian(held, scope=scope, groups=groups)
+    w = surgery.weights(G, rule)
+    expected = surgery.combine(held, w, scope=scope, groups=groups)
+    found = surg.apply()
+    assert found.gramian.shape == G.shape == ({"tensor": 4, "group": 2, "row": 14}[scope], 2, 2)
+    assert relative_error(found.weights, w) < 1e-12
+    for p, x in zip(surg.parameters, expected, strict=True):
+        assert relative_error(p.grad, x) < 1e-12
+    assert relative_error(found.norm, torch.cat([x.flatten() for x in expected]).norm()) < 1e-9
+    assert relative_error(found.conflict_rate[0, 1], (G[:, 0, 1] < 0).double().mean()) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("doco", {"lam": 0.5}),
+        ("gdr_gma", {"compat": True}),
+        ("sago", {"gamma": 2.0}),
+        ("graddrop", {"seed": 3}),
+    ],
+)
+def test_rules_that_only_the_projection_knows(rule, options):
+    model = net()
+    surg = GradientSurgery(model, rule, **options)
+    collect(surg, model, X[0], X[1])
+    forget, retain = ([None if x is None else x.clone() for x in surg._held[n]] for n in surg.objectives)
+    conflict = surgery.project_conflict_(forget, retain, rule=rule, **options)
+    found = surg.apply()
+    assert torch.equal(found.gramian, conflict.gramian)
+    assert (found.rates is not None) == (rule in ("sago", "graddrop"))
+    assert found.finite
+    for p, x in zip(surg.parameters, forget, strict=True):
+        assert (p.grad is None and x is None) or torch.equal(p.grad, x)
+    surg.zero_grad()
+    collect(surg, model, X[0], X[1])
+    with surg.objective("retain"):
+        model.head.bias.grad[0] = torch.nan
+    before = flat(model)
+    assert not surg.step(torch.optim.SGD(model.parameters(), lr=0.1)).finite
+    assert torch.equal(flat(model), before)
+    scaler = torch.amp.GradScaler("cpu")
+    collect(surg, model, X[0], X[1], scaler)
+    with pytest.raises(ValueError, match=f"rule '{rule}' works on whole, unscaled gradients"):
+        surg.apply(scaler)
+
+
 MISUSES: list[tuple[Callable[[], object], str]] = [
     (lambda: GradientSurgery([], "sum"), "parameters must hold at least one that requires a gradient"),
     (lambda: GradientSurgery(net(), "pc"), "rule must be .* got 'pc'"),
     (lambda: GradientSurgery(net(), "agem", objectives="abc"), "objectives must be 2 for the rule 'agem'"),
     (lambda: GradientSurgery(net(), "sum", objectives=("a", "a")), "objectives must be distinct names"),
     (lambda: GradientSurgery(net(), scope="layer"), "scope must be 'global' or .* got 'layer'"),
+    (lambda: GradientSurgery(net(), "sago", scope="row"), "scope must be 'element', got 'row'"),
+    (lambda: GradientSurgery(net(), "doco", gamma=1.0), "gamma is no option of rule 'doco'"),
     (
         lambda: GradientSurgery(net(), ema={"r": 0.5}),
         r"ema must name objectives of \('forget', 'retain'\), got 'r'",

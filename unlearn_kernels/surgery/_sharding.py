@@ -1,12 +1,14 @@
 """Gramians of gradients that are spread over processes: partial sums, one all-reduce."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unlearn_kernels._backends import Backend
+from unlearn_kernels.surgery._lists import Scope, group_numbers
 from unlearn_kernels.surgery.gramian import gramian
 
 
@@ -54,9 +56,9 @@ def summed(
     sets: Sequence[Sequence[Tensor]],
     shares: Sequence[float],
     group: dist.ProcessGroup,
-    scope: str,
-    groups: Sequence[Hashable] | None,
-    **options: Any,
+    scope: Scope,
+    groups: Sequence[int] | None,
+    backend: Backend | None,
 ) -> Tensor:
     """The Gramian of the whole gradients, from this process's parts of them.
 
@@ -66,7 +68,7 @@ def summed(
         group: who holds the parts.
         scope: of `gramian`; not `row`.
         groups: of `gramian`.
-        options: of `gramian`.
+        backend: of `gramian`.
 
     Returns:
         (K, K), or (S, K, K) for a scope of S segments, the same on all processes.
@@ -79,10 +81,10 @@ def summed(
             "scope must be global, group or tensor for gradients spread over processes, got 'row'"
         )
     if scope == "global":
-        partial = _by_share(sets, shares, lambda part: gramian(part, **options))
+        partial = _by_share(sets, shares, lambda part: gramian(part, backend=backend))
     else:
         count = torch.tensor(shares, dtype=torch.float64).to(sets[0][0].device, non_blocking=True)
-        partial = gramian(sets, scope="tensor", **options) * count[:, None, None]
+        partial = gramian(sets, scope="tensor", backend=backend) * count[:, None, None]
         if groups is not None:
             partial = _by_group(partial, groups)
     return _all_reduced(partial, group)
@@ -98,11 +100,13 @@ def _by_share(
     return total
 
 
-def _by_group(gramians: Tensor, groups: Sequence[Hashable]) -> Tensor:
-    numbers: dict[Hashable, int] = {}
-    index = torch.tensor([numbers.setdefault(label, len(numbers)) for label in groups])
-    found = gramians.new_zeros(len(numbers), *gramians.shape[1:])
-    return found.index_add_(0, index.to(gramians.device, non_blocking=True), gramians)
+def _by_group(gramians: Tensor, groups: Sequence[int]) -> Tensor:
+    """Sums over groups, in one order: adding at an index is not, on CUDA."""
+    numbers = group_numbers("group", groups, len(gramians))
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    sizes = [numbers.count(k) for k in range(max(numbers) + 1)]
+    index = torch.tensor(order).to(gramians.device, non_blocking=True)
+    return torch.stack([part.sum(0) for part in gramians[index].split(sizes)])
 
 
 def _all_reduced(partial: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,27 +9,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unlearn_kernels._backends import Backend
+from unlearn_kernels.surgery._lists import Scope
 from unlearn_kernels.surgery._sharding import is_dtensor, local
 from unlearn_kernels.surgery.combine import _combine
 from unlearn_kernels.surgery.rules.rule import cosines, diagonal
 
 Gradients: TypeAlias = list[Tensor | None]
+By: TypeAlias = tuple[Scope, Sequence[int] | None]
 
 
 class Step(NamedTuple):
     """What a step found and did: all on the device of the gradients, so that looking is what costs a wait.
 
-    K objectives; for another scope than `global` everything has a leading dimension of S segments.
+    K objectives; for another scope than `global` there is a leading dimension of S segments; for `element` S is 0.
 
     Attributes:
         objectives: their names.
         gramian: (K, K) float64, the inner products before surgery, of unscaled gradients.
         weights: (K,) float64, how much of each gradient was taken. NaN where the Gramian is not finite.
+        rates: for the scope `element`, (N,) float64: the share of elements of opposite signs, of each parameter with a
+            gradient of the first objective.
     """
 
     objectives: tuple[str, ...]
     gramian: Tensor
     weights: Tensor
+    rates: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:
@@ -54,7 +59,8 @@ class Step(NamedTuple):
     @property
     def finite(self) -> Tensor:
         """Whether all gradients are, () bool."""
-        return self.gramian.isfinite().all()
+        found = self.gramian.isfinite().all()
+        return found if self.rates is None else found & ~self.rates.isnan().any()
 
 
 def _square(weights: Tensor, G: Tensor) -> Tensor:
@@ -62,10 +68,10 @@ def _square(weights: Tensor, G: Tensor) -> Tensor:
 
 
 def clipped(weights: Tensor, G: Tensor, max_norm: float | None) -> Tensor:
-    """Weights with which the combined gradient's norm is at most `max_norm`."""
+    """Weights with which the combined gradient is what `torch.nn.utils.clip_grad_norm_` would make of it."""
     if max_norm is None:
         return weights
-    return weights * (max_norm / _square(weights, G).sqrt()).clamp(max=1)
+    return weights * (max_norm / (_square(weights, G).sqrt() + 1e-6)).clamp(max=1)
 
 
 def matched(gradients: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
@@ -85,7 +91,7 @@ def combined(
     keep: Sequence[int],
     places: Sequence[int],
     weights: Tensor,
-    by: Mapping[str, Any],
+    by: By,
     backend: Backend | None,
 ) -> Gradients:
     """The weighted sum, written over the first gradient that there is at a place.
@@ -95,12 +101,13 @@ def combined(
         keep: those that must not be written over.
         places: the parameters that take part; others get None.
         weights: (K,), or (S, K) for a scope of S segments.
-        by: the scope in the words of `combine_`, for `places`.
+        by: the scope and the groups of `combine_`, for `places`.
         backend: of `combine_`.
     """
     targets = [_target(held, keep, i) for i in places]
     sets = [matched([gradients[i] for i in places], targets) for gradients in held]
-    _combine([local(x) for x in targets], sets, weights, backend)
+    scope, groups = by
+    _combine([local(x) for x in targets], sets, weights, scope, groups, backend)
     written: Gradients = [None] * len(held[0])
     for i, x in zip(places, targets, strict=True):
         written[i] = x

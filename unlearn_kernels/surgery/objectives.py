@@ -13,11 +13,24 @@ from torch.optim import Optimizer
 from unlearn_kernels._backends import Backend
 from unlearn_kernels.surgery import _sharding
 from unlearn_kernels.surgery._averages import Averages
-from unlearn_kernels.surgery._lists import check_choice
-from unlearn_kernels.surgery._step import Gradients, Step, clipped, combined, listed, matched, owned, step_if
+from unlearn_kernels.surgery._conflict_rules import RULES as CONFLICTS
+from unlearn_kernels.surgery._conflict_rules import ConflictScope
+from unlearn_kernels.surgery._in_place import InPlace, any_rule
+from unlearn_kernels.surgery._lists import SCOPES, check_choice
+from unlearn_kernels.surgery._step import (
+    By,
+    Gradients,
+    Step,
+    clipped,
+    combined,
+    listed,
+    matched,
+    owned,
+    step_if,
+)
 from unlearn_kernels.surgery.conflict import project_conflict_
 from unlearn_kernels.surgery.gramian import gramian
-from unlearn_kernels.surgery.rules import AGEM, Rule, make_rule
+from unlearn_kernels.surgery.rules import Rule
 
 
 class GradientSurgery:
@@ -42,17 +55,20 @@ class GradientSurgery:
 
     Args:
         parameters: a module, parameters, or an optimizer's parameter groups; the trainable ones take part.
-        rule: a name of `rules.RULES`, or a rule. Those of two gradients take the objectives in their order.
+        rule: a name of `rules.RULES`, a rule, or a name that only `project_conflict_` knows (`gdr_gma`, `doco`, `sago`,
+            `graddrop`). Rules of two gradients take the objectives in their order.
         objectives: their names, in the order of the rule's gradients.
-        scope: of `gramian`: `global` for one set of weights; with `group`, one for each parameter group.
+        scope: of `gramian`: `global` for one set of weights, `group` for one a parameter group, `tensor`, `row`. By
+            default `global`, and for the rules of `project_conflict_` the published one, which may be `element`.
         ema: for an objective, how much of its new gradient enters a moving average that stands for it:
             `r <- (1 - m) r + m r_new`, begun with the first. `{"retain": m}` with the rule `gru` is GRU. Costs a
             gradient's memory, four streams and a host wait, since a step that is not finite must not enter it.
-        max_norm: the combined gradient's norm is limited to it. Costs nothing: the norm is known before it is formed.
+        max_norm: the combined gradient's norm is limited to it, as by `torch.nn.utils.clip_grad_norm_`. Costs nothing:
+            the norm is known before the gradient is formed.
         group: the processes that hold parts of the gradients, for plain tensors with Megatron's mark
             `tensor_model_parallel`, or where other processes than these exist. All of them for `DTensor`s.
         backend: see `unlearn_kernels.use_backend`.
-        options: of the rule.
+        options: of the rule, where it is named.
 
     Raises:
         ValueError: for no parameters, repeated objectives, a number of them that the rule does not take, an unknown
@@ -65,7 +81,7 @@ class GradientSurgery:
         rule: str | Rule = "agem",
         *,
         objectives: Sequence[str] = ("forget", "retain"),
-        scope: str = "global",
+        scope: ConflictScope | None = None,
         ema: Mapping[str, float] | None = None,
         max_norm: float | None = None,
         group: dist.ProcessGroup | None = None,
@@ -73,15 +89,15 @@ class GradientSurgery:
         **options: Any,
     ) -> None:
         self.parameters, self._groups = listed(parameters)
-        self.rule = make_rule(rule, **options)
+        self.rule = any_rule(rule, **options)
         self.objectives = tuple(objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"objectives must be distinct names, got {self.objectives}")
         if self.rule.sets not in (None, len(self.objectives)):
             takes = f"{self.rule.sets} for the rule {self.rule.name!r}"
             raise ValueError(f"objectives must be {takes}, got {self.objectives}")
-        check_choice("scope", scope, ("global", "group", "tensor", "row"))
-        self.scope, self.max_norm, self.group, self.backend = scope, max_norm, group, backend
+        self.scope = _scope(self.rule, scope)
+        self.max_norm, self.group, self.backend = max_norm, group, backend
         self.averages = Averages(self.objectives, ema or {}, backend)
         self._held: dict[str, Gradients] = {name: self._none() for name in self.objectives}
         self._open: str | None = None
@@ -180,18 +196,32 @@ class GradientSurgery:
                 )
 
     def _one_call(self, held: Sequence[Gradients]) -> tuple[Step, Gradients] | None:
-        """A-GEM in one operator, which writes nothing where nothing conflicts."""
-        plain = self.scope == "global" and not self.averages and self.max_norm is None
-        if not (plain and isinstance(self.rule, AGEM)) or self._process_group(held) is not None:
+        """Two gradients in one operator: it writes nothing where nothing conflicts, and looks again while in cache."""
+        rule = self.rule.in_one_call() if len(held) == 2 else None
+        if (
+            rule is None
+            or self.averages
+            or self.max_norm is not None
+            or self._process_group(held) is not None
+        ):
             return None
         forget, retain = held
-        found = project_conflict_(forget, retain, backend=self.backend)
-        return Step(self.objectives, found.gramian, found.weights), list(forget)
+        # It leaves out a parameter without a forget gradient.
+        if not self.rule.one_sided and any(f is None and r is not None for f, r in zip(*held, strict=True)):
+            return None
+        groups = self._groups if self.scope == "group" else None
+        found = project_conflict_(
+            forget, retain, scope=self.scope, groups=groups, backend=self.backend, **rule
+        )
+        rates = found.rates if self.scope == "element" else None
+        return Step(self.objectives, found.gramian, found.weights, rates), list(forget)
 
     def _process_group(self, held: Sequence[Gradients]) -> dist.ProcessGroup | None:
         return _sharding.process_group(self.group, [g for tensors in held for g in tensors if g is not None])
 
     def _two_passes(self, held: Sequence[Gradients], scale: float) -> tuple[Step, Gradients]:
+        if isinstance(self.rule, InPlace):
+            self.rule.refuse()
         sources, T = self.averages.sources(held, scale)
         leading = sources[:1] if self.rule.one_sided else sources
         places = [i for i in range(len(self.parameters)) if any(s[i] is not None for s in leading)]
@@ -203,27 +233,22 @@ class GradientSurgery:
             held = self.averages.moved(held, scale, finite=bool(G.isfinite().all()))
         units = self.averages.units(scale).to(G.device, non_blocking=True)
         keep = [k for k, name in enumerate(self.objectives) if name in self.averages]
-        by = self._by(places)
-        written = combined(held, keep, places, weights * units, by, self.backend)
+        written = combined(held, keep, places, weights * units, self._by(places), self.backend)
         return Step(self.objectives, G, weights), written
 
-    def _by(self, places: Sequence[int]) -> dict[str, Any]:
-        """The scope in the words of `gramian` and `combine_`."""
-        if self.scope == "global":
-            return {}
-        groups = [self._groups[i] for i in places] if self.scope == "group" else None
-        return {"scope": self.scope, "groups": groups}
+    def _by(self, places: Sequence[int]) -> By:
+        return self.scope, [self._groups[i] for i in places] if self.scope == "group" else None
 
     def _gramian(self, sources: Sequence[Gradients], places: Sequence[int]) -> Tensor:
         firsts = [next(g for s in sources if (g := s[i]) is not None) for i in places]
         sets = [matched([s[i] for i in places], firsts) for s in sources]
         group = self._process_group(sources)
-        by = self._by(places)
+        scope, groups = self._by(places)
         if group is None:
-            return gramian(sets, backend=self.backend, **by)
+            return gramian(sets, scope=scope, groups=groups, backend=self.backend)
         count = dist.get_world_size(group)
         shares = [_sharding.share(self.parameters[i], g, count) for i, g in zip(places, firsts, strict=True)]
-        return _sharding.summed(sets, shares, group, self.scope, by.get("groups"), backend=self.backend)
+        return _sharding.summed(sets, shares, group, scope, groups, self.backend)
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's memory and the moving averages. Gradients that were not stepped with are not in it."""
@@ -237,3 +262,14 @@ class GradientSurgery:
         """
         self.rule.load_state_dict(state["rule"])
         self.averages.load_state_dict(state["averages"])
+
+
+def _scope(rule: Rule, scope: str | None) -> Any:
+    """The scope, with the rule's own where none is given.
+
+    Raises:
+        ValueError: if the rule does not know it.
+    """
+    known = CONFLICTS[rule.name].scopes if isinstance(rule, InPlace) else tuple(SCOPES)
+    check_choice("scope", known[0] if scope is None else scope, known)
+    return known[0] if scope is None else scope

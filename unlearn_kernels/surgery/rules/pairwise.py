@@ -75,6 +75,10 @@ class PCGrad(_Pairwise):
         dot = (C * gramian[..., js, :]).sum(-1)
         return -dot.clamp(max=0) * inverse(diagonal(gramian)[..., js])
 
+    def in_one_call(self) -> dict[str, Any]:
+        """`pcgrad`; of two gradients there is one order."""
+        return {"rule": "pcgrad"}
+
 
 @dataclass(eq=False)
 class GradVac(_Pairwise):

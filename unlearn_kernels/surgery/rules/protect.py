@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class AGEM(Rule):
         """`(1, -min(0, <f, r>) / |r|^2)`."""
         dot, square = gramian[..., 0, 1], gramian[..., 1, 1]
         return _pair(torch.ones_like(dot), -dot.clamp(max=0) * inverse(square))
+
+    def in_one_call(self) -> dict[str, Any]:
+        """`agem`."""
+        return {"rule": "agem"}
 
 
 @dataclass(eq=False)
@@ -69,6 +73,10 @@ class GRU(Rule):
         limited = cosine.clamp(min=-min(self.cosine_clip, 1.0), max=0)
         return _pair(torch.ones_like(f), -limited * f * inverse(r))
 
+    def in_one_call(self) -> dict[str, Any]:
+        """`gru`."""
+        return {"rule": "gru", "cosine_clip": self.cosine_clip}
+
 
 @dataclass(eq=False)
 class BLUR(Rule):
@@ -100,3 +108,7 @@ class BLUR(Rule):
         moved = torch.where(square == 0, 0.0, self.gamma - gramian[..., 0, 1] * inverse(square))
         whole = torch.ones_like(moved)
         return _pair(moved, whole) if k == 0 else _pair(whole, moved)
+
+    def in_one_call(self) -> dict[str, Any]:
+        """`blur`."""
+        return {"rule": "blur", "gamma": self.gamma, "lower": self.lower}

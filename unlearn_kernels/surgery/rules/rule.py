@@ -51,6 +51,10 @@ class Rule(ABC):
     def solve(self, gramian: Tensor) -> Tensor:
         """The weights (..., K) of a finite float64 Gramian (..., K, K)."""
 
+    def in_one_call(self) -> dict[str, Any] | None:
+        """The rule for two gradients in the words of `project_conflict_`, if that knows it."""
+        return None
+
     def reset(self) -> None:  # noqa: B027 # most rules have no memory, and say so by not overriding this
         """Forgets what earlier calls left."""
 
