@@ -152,7 +152,7 @@ def _compressed(dtype: torch.dtype, device: str) -> Arguments:
 
 
 def _project_conflict_compressed(dtype: torch.dtype, device: str) -> Arguments:
-    tensors, codes, scales = _compressed(dtype, device)
+    _, codes, scales = _compressed(dtype, device)
     return [-c.to(dtype) for c in codes], codes, scales, 0
 
 

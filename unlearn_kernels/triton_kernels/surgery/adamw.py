@@ -11,12 +11,8 @@ from torch import Tensor
 from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, program, span
 from unlearn_kernels.triton_kernels.surgery.masks import load_one
-from unlearn_kernels.triton_kernels.surgery.sums import (
-    TABLE_TYPES, blocks, bounds, load_rows, store_row, typed,
-)  # fmt: skip
-from unlearn_kernels.triton_kernels.surgery.tables import (
-    copy_back, made_dense, refuse_overlap, table_of,
-)  # fmt: skip
+from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, blocks, bounds, load_rows, store_row
+from unlearn_kernels.triton_kernels.surgery.tables import copy_back, made_dense, refuse_overlap, table_of
 
 _FIELDS: Final = 6  # lr, beta1, beta2, eps, weight decay, sign
 _FIRST: Final = 3  # lists before the gradients: parameter, exp_avg, exp_avg_sq

@@ -123,13 +123,14 @@ def take_kernel(
     base, code = tl.load(addresses + position).to(tl.int64), tl.load(codes + position).to(tl.int32)
     out = tl.load(outs + mask * count + position).to(tl.int64).to(tl.pointer_type(tl.uint8))
     key = tl.load(keys_at + mask).to(tl.int64)
-    left = tl.load(takes + mask).to(tl.int64) - tl.load(before + mask * tasks + task).to(tl.int64)
+    takes_of = tl.load(takes + mask).to(tl.int64)  # 0 only where the mask is to be empty
+    left = takes_of - tl.load(before + mask * tasks + task).to(tl.int64)
     for offset in range(0, stop - start, BLOCK):
         at = span(start + offset, BLOCK)
         inside = at < stop
         keys = keys_of(load_one(base, code, at, inside, TYPES, ACC, ALIGNED))
         equal = (inside & (keys == key)).to(tl.int64)
-        taken = (inside & (keys > key)) | ((equal == 1) & (tl.cumsum(equal, axis=0) <= left))
+        taken = (inside & (keys > key) & (takes_of > 0)) | ((equal == 1) & (tl.cumsum(equal, axis=0) <= left))
         left -= tl.sum(equal, axis=0)
         if BITS:
             weights = (1 << (tl.arange(0, BLOCK) & 7)).to(tl.int32)

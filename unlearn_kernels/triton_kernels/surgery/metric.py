@@ -11,9 +11,7 @@ from torch import Tensor
 from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, program, span
 from unlearn_kernels.triton_kernels.surgery.masks import load_one
-from unlearn_kernels.triton_kernels.surgery.sums import (
-    TABLE_TYPES, blocks, bounds, load_rows, segment_sums,
-)  # fmt: skip
+from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, blocks, bounds, load_rows, segment_sums
 from unlearn_kernels.triton_kernels.surgery.tables import made_dense, table_of
 
 
@@ -48,7 +46,7 @@ def metric_kernel(
     code = tl.load(codes + row * count + position, mask=row < LISTS, other=-1).to(tl.int32)
     second = tl.load(addresses + LISTS * count + position).to(tl.int64)
     second_code = tl.load(codes + LISTS * count + position).to(tl.int32)
-    scale, e = tl.load(scales + position).to(tl.float64), eps.to(tl.float64)
+    scale, e = tl.load(scales + position).to(tl.float64), tl.load(eps).to(tl.float64)
     sums = metric_chunk(
         base, code, second, second_code, scale, e, start, stop, TYPES, ROWS, BLOCK, ACC, ALIGNED
     )
@@ -58,20 +56,8 @@ def metric_kernel(
         outside = tl.sum((diagonal & (in_range == 0)).to(tl.int32).reshape(ROWS * ROWS), axis=0)
         if outside > 0:
             sums = metric_chunk(
-                base,
-                code,
-                second,
-                second_code,
-                scale,
-                e,
-                start,
-                stop,
-                TYPES,
-                ROWS,
-                BLOCK,
-                tl.float64,
-                ALIGNED,
-            )
+                base, code, second, second_code, scale, e, start, stop, TYPES, ROWS, BLOCK, tl.float64, ALIGNED
+            )  # fmt: skip
     at = parts + (row[:, None] * LISTS + row[None, :]) * tasks + task
     tl.store(at, sums, mask=(row < LISTS)[:, None] & (row < LISTS)[None, :])
 
@@ -92,22 +78,17 @@ def weighted_gramian(
         acc = tl.float32 if table.single else tl.float64
         with on_device(parts):
             metric_kernel[(table.tasks,)](
-                *table.tensors(), scales.contiguous(), parts, eps, n, table.tasks, LISTS=sets, **_blocks(sets),
-                TYPES=table.types, ACC=acc, ALIGNED=table.aligned, **launch_options(),
+                *table.tensors(), scales.contiguous(), parts, scales.new_full((1,), eps), n, table.tasks,
+                LISTS=sets, **_blocks(sets), TYPES=table.types, ACC=acc, ALIGNED=table.aligned, **launch_options(),
             )  # fmt: skip
     return segment_sums(parts, table).view(sets, sets)
 
 
 def _case(sets: int, types: int, acc: tl.dtype, aligned: bool = True) -> AotCase:
-    constants: dict[str, Any] = {
-        "LISTS": sets,
-        **_blocks(sets),
-        "TYPES": types,
-        "ACC": acc,
-        "ALIGNED": aligned,
-    }
-    pointers = {**TABLE_TYPES, "scales": "fp64", "parts": "fp64"}
-    return AotCase(metric_kernel, pointers, constants, scalars={"eps": "fp32"})
+    shape = {"LISTS": sets, **_blocks(sets)}
+    constants: dict[str, Any] = {**shape, "TYPES": types, "ACC": acc, "ALIGNED": aligned}
+    pointers = {**TABLE_TYPES, "scales": "fp64", "parts": "fp64", "eps": "fp64"}
+    return AotCase(metric_kernel, pointers, constants)
 
 
 AOT: Final = (
