@@ -73,7 +73,7 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def("decompress_(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales) -> ()");
   // project_conflict_ with a compressed retain gradient
   m.def(
-      "project_conflict_compressed_(Tensor(a!)[] forget, Tensor[] codes, Tensor[] scales, int rule) -> "
+      "project_conflict_compressed_(Tensor(a!)[] forget, Tensor[] codes, Tensor[] scales) -> "
       "(Tensor, Tensor)");
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");

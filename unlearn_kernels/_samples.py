@@ -152,8 +152,8 @@ def _compressed(dtype: torch.dtype, device: str) -> Arguments:
 
 
 def _project_conflict_compressed(dtype: torch.dtype, device: str) -> Arguments:
-    _, codes, scales = _compressed(dtype, device)
-    return [-c.to(dtype) for c in codes], codes, scales, 0
+    tensors, codes, scales = _compressed(dtype, device)
+    return [x - 0.1 * c for x, c in zip(tensors, codes, strict=True)], codes, scales
 
 
 def _rademacher_project(dtype: torch.dtype, device: str) -> Arguments:

@@ -30,9 +30,10 @@ AdamwScalars scalars_of(const double* group, double step, size_t place) {
   return s;
 }
 
-void check_vector(const char* name, const Tensor& t, int64_t elements) {
-  STD_TORCH_CHECK(t.numel() == elements && t.scalar_type() == ScalarType::Double && t.is_contiguous(),
-                  "surgical_adamw_: ", name, " must be ", elements, " contiguous float64 numbers");
+Tensor vector_of(const char* name, const Tensor& t, int64_t elements) {
+  STD_TORCH_CHECK(t.numel() == elements && t.scalar_type() == ScalarType::Double, "surgical_adamw_: ", name,
+                  " must be ", elements, " float64 numbers");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace
@@ -47,9 +48,9 @@ void surgical_adamw_(const Tensors& params, const Tensors& exp_avgs, const Tenso
                       gradients.size() % n == 0,
                   "surgical_adamw_: lists must have one length");
   const int64_t sets = int64_t(gradients.size() / n);
-  check_vector("weights", weights, sets);
-  check_vector("groups", groups, groups.numel() / kGroupFields * kGroupFields);
-  const double* w = static_cast<const double*>(weights.const_data_ptr());
+  const Tensor of_sets = vector_of("weights", weights, sets);
+  const Tensor table = vector_of("groups", groups, groups.numel() / kGroupFields * kGroupFields);
+  const double* w = static_cast<const double*>(of_sets.const_data_ptr());
   for (int64_t k = 0; k < sets; ++k)
     if (!std::isfinite(w[k])) return;
   std::vector<View> all;
@@ -65,7 +66,7 @@ void surgical_adamw_(const Tensors& params, const Tensors& exp_avgs, const Tenso
     STD_TORCH_CHECK(0 <= group_of[i] && group_of[i] < groups.numel() / kGroupFields, "surgical_adamw_: no group ",
                     group_of[i]);
     const double step = advance(steps[i]);
-    const double* group = static_cast<const double*>(groups.const_data_ptr()) + group_of[i] * kGroupFields;
+    const double* group = static_cast<const double*>(table.const_data_ptr()) + group_of[i] * kGroupFields;
     if (params[i].numel() > 0) scalars.push_back(scalars_of(group, step, i));
   }
   const TensorLists lists(all, 3 + sets);

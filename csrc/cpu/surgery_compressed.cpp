@@ -7,17 +7,19 @@ int64_t blocks_of(const Tensor& t) { return (t.numel() + kCodeBlock - 1) / kCode
 
 // Codes and scales of the tensors that have elements, as the walk does.
 struct Memory {
+  Tensors made[2];
   std::vector<int8_t*> codes;
   std::vector<float*> scales;
 
-  Memory(const char* op, const Tensors& tensors, const Tensors& c, const Tensors& s) {
+  Memory(const char* op, const Tensors& tensors, const Tensors& given_codes, const Tensors& given_scales)
+      : made{in_order(given_codes), in_order(given_scales)} {
+    const Tensors &c = made[0], &s = made[1];
     STD_TORCH_CHECK(c.size() == tensors.size() && s.size() == tensors.size(), op, ": lists must have one length");
     for (size_t i = 0; i < tensors.size(); ++i) {
-      STD_TORCH_CHECK(c[i].numel() == tensors[i].numel() && c[i].scalar_type() == ScalarType::Char && c[i].is_contiguous(),
-                      op, ": codes ", i, " must be contiguous int8 of the tensor's size");
-      STD_TORCH_CHECK(s[i].numel() == blocks_of(tensors[i]) && s[i].scalar_type() == ScalarType::Float &&
-                          s[i].is_contiguous(),
-                      op, ": scales ", i, " must be contiguous float32, one for ", kCodeBlock, " elements");
+      STD_TORCH_CHECK(c[i].numel() == tensors[i].numel() && c[i].scalar_type() == ScalarType::Char, op, ": codes ", i,
+                      " must be int8 of the tensor's size");
+      STD_TORCH_CHECK(s[i].numel() == blocks_of(tensors[i]) && s[i].scalar_type() == ScalarType::Float, op,
+                      ": scales ", i, " must be float32, one for ", kCodeBlock, " elements");
       if (tensors[i].numel() == 0) continue;
       codes.push_back(static_cast<int8_t*>(const_cast<void*>(c[i].const_data_ptr())));
       scales.push_back(static_cast<float*>(const_cast<void*>(s[i].const_data_ptr())));
@@ -53,9 +55,8 @@ void decompress_(const Tensors& out, const Tensors& codes, const Tensors& scales
 
 // A-GEM: forget -= min(0, <f, r>) / |r|^2 r. Writes nothing where there is no conflict.
 std::tuple<Tensor, Tensor> project_conflict_compressed_(const Tensors& forget, const Tensors& codes,
-                                                        const Tensors& scales, int64_t rule) {
+                                                        const Tensors& scales) {
   STD_TORCH_CHECK(!forget.empty(), "project_conflict_compressed_: forget must have at least one tensor");
-  STD_TORCH_CHECK(rule == 0, "project_conflict_compressed_: unknown rule ", rule);
   check_clash("project_conflict_compressed_", writable_views_of(forget), {});
   const Tensors made = in_order(forget);
   const Memory memory("project_conflict_compressed_", made, codes, scales);

@@ -41,9 +41,9 @@ def decompress_(out: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence
 
 
 def project_conflict_compressed_(
-    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], rule: int
+    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`project_conflict_` with the retain gradient that the codes stand for. `rule` is 0: A-GEM."""
+    """`project_conflict_` by A-GEM with the retain gradient that the codes stand for."""
     retain = [_decompressed(c, s) for c, s in zip(codes, scales, strict=True)]
     tensors = [*forget, *retain]
     G = surgery.gramian(tensors, 2)

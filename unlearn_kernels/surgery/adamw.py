@@ -125,7 +125,7 @@ class SurgicalAdamW(torch.optim.Optimizer):
             p.grad = None
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,

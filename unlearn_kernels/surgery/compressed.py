@@ -12,7 +12,6 @@ from unlearn_kernels.reference import surgery_compressed as reference
 from unlearn_kernels.surgery import _lists
 from unlearn_kernels.surgery.conflict import Conflict
 
-_AGEM: Final = 0
 _BLOCK: Final = reference.BLOCK
 
 
@@ -43,11 +42,11 @@ def _triton_decompress(out: Sequence[Tensor], codes: Sequence[Tensor], scales: S
 
 
 def _triton_project(
-    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], rule: int
+    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     from unlearn_kernels.triton_kernels.surgery import compressed as kernels
 
-    return kernels.project_conflict_compressed_(forget, codes, scales, rule)
+    return kernels.project_conflict_compressed_(forget, codes, scales)
 
 
 _ops.register_operator(
@@ -151,7 +150,7 @@ class CompressedGradient:
             return Conflict(zero, torch.tensor([1.0, 0.0], dtype=torch.float64), zero[0, :0])
         call = _lists.kernel("project_conflict_compressed", backend, ["forget"], [forget])
         with torch.no_grad():
-            found = _lists.written(
-                ["forget"], forget, [], lambda: call(list(forget), self.codes, self.scales, _AGEM)
+            gramian, weights = _lists.written(
+                ["forget"], forget, [], lambda: call(list(forget), self.codes, self.scales)
             )
-        return Conflict(*found, found[0][0, :0])
+        return Conflict(gramian, weights, weights[:0])

@@ -170,8 +170,8 @@ def test_project_conflict_compressed(dtype: torch.dtype) -> None:
     forget = [n - 2 * x for n, x in zip(tensors(dtype, seed=50), tensors(dtype), strict=True)]
     copies, retain = [x.clone() for x in forget], [torch.empty_like(c, dtype=torch.float32) for c in codes]
     before = [x.to(torch.float64, copy=True) for x in forget]
-    found = compressed.project_conflict_compressed_(forget, codes, scales, 0)
-    expected = surgery_compressed.project_conflict_compressed_(copies, codes, scales, 0)
+    found = compressed.project_conflict_compressed_(forget, codes, scales)
+    expected = surgery_compressed.project_conflict_compressed_(copies, codes, scales)
     surgery_compressed.decompress_(retain, codes, scales)
     assert expected[0][0, 1] < 0
     for a, b in zip(found, expected, strict=True):
@@ -184,6 +184,6 @@ def test_no_conflict_writes_nothing() -> None:
     forget = [randn(500)]
     before = forget[0].clone()
     codes, scales = surgery_compressed.compress(forget)
-    _, weights = compressed.project_conflict_compressed_(forget, codes, scales, 0)
+    _, weights = compressed.project_conflict_compressed_(forget, codes, scales)
     assert weights.tolist() == [1.0, 0.0]
     assert torch.equal(forget[0], before)

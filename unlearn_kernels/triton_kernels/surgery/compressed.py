@@ -180,7 +180,7 @@ def decompress_(out: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence
 
 
 def project_conflict_compressed_(
-    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor], rule: int
+    forget: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The raw operator `project_conflict_compressed_`: two passes and no wait for the device."""
     refuse_overlap(forget, [])

@@ -43,9 +43,11 @@ def keys_of(x):
     """The keys as int64."""
     if x.dtype == tl.float64:
         magnitude = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        return tl.where(magnitude > 0x7FF0000000000000, 0, magnitude + 1)
-    magnitude = x.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
-    return tl.where(magnitude > 0x7F800000, 0, magnitude + 1)
+        infinity = 0x7FF0000000000000
+    else:
+        magnitude = x.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
+        infinity = 0x7F800000
+    return tl.where(magnitude > infinity, 0, magnitude + 1)
 
 
 @triton.jit
