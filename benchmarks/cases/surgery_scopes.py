@@ -14,6 +14,7 @@ from benchmarks.peers import published_surgery
 from benchmarks.registry import Call, Case, Provider, register
 
 Pair = Callable[[Tensor, Tensor], Tensor]
+Error = Callable[[Sets, list[Tensor], None], float]
 
 
 def _ours(**options: Any) -> Callable[[Sets], Call]:
@@ -44,38 +45,54 @@ def _loop(project: Callable[[list[Tensor], list[Tensor]], None]) -> Callable[[Se
     return build
 
 
-def _error(of: Pair) -> Callable[[Sets, list[Tensor], None], float]:
+def _error(of: Pair) -> Error:
     """Against the formula for each pair of tensors, in float64."""
 
     def error(inputs: Sets, output: list[Tensor], _: None) -> float:
         off = size = 0.0
         for got, f, r in zip(output, *inputs.sets, strict=True):
-            expected = of(f.double().flatten(), r.double().flatten())
-            size += float(expected @ expected)
-            off += float(expected.sub_(got.double().flatten()).square_().sum())
+            expected = of(f.double(), r.double())
+            size += float(expected.square().sum())
+            off += float(expected.sub_(got.double()).square_().sum())
         return (off / size) ** 0.5 if off == off else float("inf")
 
     return error
 
 
 def _doco(f: Tensor, r: Tensor) -> Tensor:
-    dot = torch.clamp(f @ r, max=0.0)
+    dot = torch.clamp((f * r).sum(), max=0.0)
     return f - dot / ((f.norm() + 1e-8) * (r.norm() + 1e-8) ** 2) * r
 
 
 def _gdr_gma(f: Tensor, r: Tensor) -> Tensor:
-    dot = torch.clamp(f @ r, max=0.0)
-    x = r - dot / (f @ f) * f
-    return 0.5 * x + 0.5 * (f - dot / (r @ r) * x)
+    dot = torch.clamp((f * r).sum(), max=0.0)
+    x = r - dot / f.square().sum() * f
+    return 0.5 * x + 0.5 * (f - dot / r.square().sum() * x)
 
 
 def _sago(f: Tensor, r: Tensor) -> Tensor:
     return torch.where(f.sign() * r.sign() < 0, r, f)
 
 
+def _agem_rows(f: Tensor, r: Tensor) -> Tensor:
+    dot = torch.clamp((f * r).sum(-1, keepdim=True), max=0.0)
+    return f - dot / r.square().sum(-1, keepdim=True) * r
+
+
+def _graddrop_error(inputs: Sets, output: list[Tensor], _: None) -> float:
+    """Where signs agree both are kept, otherwise one of the two by chance."""
+    off = size = 0.0
+    for got, *pair in zip(output, *inputs.sets, strict=True):
+        x, f, r = (t.double() for t in (got, *pair))
+        either = torch.minimum((x - f).abs(), (x - r).abs())
+        off += float(torch.where(f.sign() * r.sign() < 0, either, x - f - r).square().sum())
+        size += float(x.square().sum())
+    return (off / size) ** 0.5 if off == off else float("inf")
+
+
 class _Method(NamedTuple):
     options: dict[str, Any]
-    error: Pair
+    error: Error
     flops: int  # of an element
     peers: tuple[Provider, ...] = ()
 
@@ -86,22 +103,37 @@ def _published(name: str, project: Callable[[list[Tensor], list[Tensor]], None])
 
 _METHODS = {
     "doco": _Method(
-        {"rule": "doco", "compat": True}, _doco, 8, (_published("DoCo's loop", published_surgery.doco),)
+        {"rule": "doco", "compat": True},
+        _error(_doco),
+        8,
+        (_published("DoCo's loop", published_surgery.doco),),
     ),
     "gdr_gma": _Method(
         {"rule": "gdr_gma", "compat": True},
-        _gdr_gma,
+        _error(_gdr_gma),
         9,
         (_published("GDR-GMA's loop", published_surgery.gdr_gma),),
     ),
     "sago": _Method(
         {"rule": "sago"},
-        _sago,
+        _error(_sago),
         6,
         (
             _published("SAGO's loop", published_surgery.sago),
             Provider("torch.where", _loop(published_surgery.sago_where)),
         ),
+    ),
+    "graddrop": _Method(
+        {"rule": "graddrop", "seed": 1},
+        _graddrop_error,
+        12,
+        (_published("torch, whole tensors", published_surgery.graddrop),),
+    ),
+    "agem_rows": _Method(
+        {"rule": "agem", "scope": "row"},
+        _error(_agem_rows),
+        8,
+        (_published("torch, whole tensors", published_surgery.agem_rows),),
     ),
 }
 
@@ -118,7 +150,7 @@ def _case(name: str, label: str, shapes: Shapes, dtype: torch.dtype, warm: Case 
             bytes=3 * n * dtype.itemsize,
             make=gradient_sets.make(shapes, 2, dtype),
             reference=lambda inputs: None,
-            error=_error(method.error),
+            error=method.error,
             providers=(Provider("unlearn_kernels", _ours(**method.options), "ours"), *method.peers),
             bound=1e-6 if dtype == torch.float32 else 2.0**-8,
             peer_bound=5e-2,
@@ -133,5 +165,5 @@ for _dtype in (torch.float32, torch.bfloat16):
         _small = _case(_name, "small", gpt2(2048, 128, 2, 128), _dtype, None)
         _case(_name, "sd15-kv", sd15_kv(), _dtype, _small)
         _case(_name, "lora-llama2-7b", lora(), _dtype, _small)
-        if _name != "gdr_gma":
+        if _name in ("doco", "sago"):
             _case(_name, "gpt2-124m", gpt2(), _dtype, _small)

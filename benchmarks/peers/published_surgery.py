@@ -41,3 +41,35 @@ def sago_where(forget: list[Tensor], retain: list[Tensor]) -> None:
     """The same with a choice for each element."""
     for f, r in zip(forget, retain, strict=True):
         f.copy_(torch.where(torch.sign(f) * torch.sign(r) < 0, r, f))
+
+
+def salun_masks(tensors: list[Tensor], fraction: float) -> list[Tensor]:
+    """Ranks of all magnitudes by two sorts, as SalUn's code makes its masks."""
+    size = -torch.cat([x.abs().flatten() for x in tensors])
+    ranks = torch.argsort(torch.argsort(size)).split([x.numel() for x in tensors])
+    k = int(len(size) * fraction)
+    return [(rank < k).view(x.shape) for rank, x in zip(ranks, tensors, strict=True)]
+
+
+def threshold_masks(tensors: list[Tensor], fraction: float) -> list[Tensor]:
+    """All that reaches the k-th magnitude: more than k where that occurs more than once."""
+    size = torch.cat([x.abs().flatten() for x in tensors])
+    least = size.kthvalue(len(size) - int(len(size) * fraction) + 1).values
+    return [x.abs() >= least for x in tensors]
+
+
+def graddrop(forget: list[Tensor], retain: list[Tensor]) -> None:
+    """The sign that a probability chooses is kept, for each element, from temporaries of whole tensors."""
+    for f, r in zip(forget, retain, strict=True):
+        positive = 0.5 * (1 + (f + r) / (f.abs() + r.abs()))
+        chance = torch.rand_like(f)
+        made = [x * ((positive > chance) & (x > 0) | (positive < chance) & (x < 0)) for x in (f, r)]
+        f.copy_(made[0] + made[1])
+
+
+def agem_rows(forget: list[Tensor], retain: list[Tensor]) -> None:
+    """One projection for each row of a matrix, for each vector as a whole."""
+    for f, r in zip(forget, retain, strict=True):
+        x, y = (t if t.dim() > 1 else t[None] for t in (f, r))
+        dot = (x * y).sum(1, keepdim=True).clamp(max=0)
+        x.sub_(dot / y.square().sum(1, keepdim=True) * y)
