@@ -219,7 +219,8 @@ def _fill(
         grid = (table.tasks, len(counts))
         ties_kernel[grid](*table.tensors(), keys, ties, table.tasks, **_settings(table), **launch_options())
         take_kernel[grid](
-            *table.tensors(), keys, takes, ties.cumsum(1) - ties, outs, len(tensors), table.tasks, BITS=bits, **_settings(table), **launch_options(),
+            *table.tensors(), keys, takes, ties.cumsum(1) - ties, outs, len(tensors), table.tasks,
+            BITS=bits, **_settings(table), **launch_options(),
         )  # fmt: skip
 
 
