@@ -29,11 +29,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", choices=SHAPES, default="circle", help="what to forget (default: circle)")
+    parser.add_argument(
+        "--target", choices=SHAPES, default="triangle", help="what to forget (default: triangle)"
+    )
     parser.add_argument(
         "--anchor", choices=SHAPES, default="square", help="what shall come instead (default: square)"
     )
-    parser.add_argument("--steps", type=positive, default=80, help="forgetting steps (default: 80)")
+    parser.add_argument("--steps", type=positive, default=60, help="forgetting steps (default: 60)")
     parser.add_argument("--train-steps", type=positive, default=600, help="training steps (default: 600)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument(
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Measured
     recipe = Recipe(options.target, options.anchor, options.steps, warm_up=20)
     if options.quick:
         recipe = Recipe(options.target, options.anchor, 2, warm_up=1, batch=4, retain_batch=4)
-    each = 1 if options.quick else 8
+    each = 1 if options.quick else 16
     judged = {"before": measure(painter, judge, each, options.target, options.seed, options.device)}
     steps, seconds = {}, {}
     for way in WAYS:

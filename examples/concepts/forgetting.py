@@ -20,7 +20,7 @@ from unlearn_adapters.diffusers import (
 )
 from unlearn_kernels.surgery import GradientSurgery, rules
 
-from .drawing import SHAPES, Batch, draw, draw_random, every_prompt
+from .drawing import SHAPES, Batch, draw_random, every_prompt
 from .models import Classifier, Painter, Progress, judged, latents, paint
 
 # What becomes of the forget and the retain gradient.
@@ -41,11 +41,9 @@ class Recipe:
     warm_up: int
     batch: int = 32
     retain_batch: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     discriminator_rate: float = 1e-3
     retain_target: str = "noise"
-    sgd: bool = False
-    max_norm: float | None = None
 
 
 @dataclass
@@ -99,14 +97,10 @@ def _method(painter: Painter, way: str, recipe: Recipe, frozen: Painter, seed: i
         painter.unet,
         frozen.unet,
         painter.scheduler,
-        (
-            torch.optim.SGD(parameters, lr=recipe.learning_rate)
-            if recipe.sgd
-            else torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
-        ),
+        torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0),
         discriminator,
         torch.optim.Adam(discriminator.parameters(), lr=recipe.discriminator_rate, betas=(0.5, 0.999)),
-        GradientSurgery(parameters, WAYS[way](), scope="tensor", max_norm=recipe.max_norm),
+        GradientSurgery(parameters, WAYS[way](), scope="tensor"),
         warm_up=recipe.warm_up,
         retain_target=recipe.retain_target,
     )
@@ -138,13 +132,9 @@ def forget(
                 "forget": float(found.forget),
                 "retain": float(found.retain),
                 "cosine": float(whole[0, 1] / (whole[0, 0] * whole[1, 1]).sqrt()),
-                "norm": float(whole[0, 0].sqrt()),
                 "conflict_rate": float((G[:, 0, 1] < 0).double().mean()),
             }
         steps.append(seen)
         note = f"L_D {seen['discriminator']:.2f}  L_G {seen.get('forget', float('nan')):.2f}"
         progress(step + 1, recipe.warm_up + recipe.steps, note)
     return painter, steps
-
-
-__all__ = ["WAYS", "Measured", "Recipe", "draw", "forget", "measure"]

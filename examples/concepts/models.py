@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unlearn_adapters.diffusers import denoising_target
 
-from .drawing import COLOURS, SHAPES, SIZE, WORDS, draw, draw_random
+from .drawing import COLOURS, SHAPES, SIZE, WORDS, draw_random
 
 Progress = Callable[[int, int, str], None]
 WIDTH = 8  # of an embedded word: fewer than there are words, so that none can be told from all others by one direction
@@ -151,9 +151,3 @@ def judged(judge: Classifier, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """The shapes and the colours that it sees."""
     shape, colour = judge(pictures)
     return shape.argmax(1), colour.argmax(1)
-
-
-__all__ = [
-    "Classifier", "Painter", "TextEncoder", "draw", "judged", "new_painter", "paint", "train_classifier",
-    "train_painter",
-]  # fmt: skip

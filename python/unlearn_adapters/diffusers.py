@@ -224,7 +224,7 @@ class DoCo:
         self.discriminator.requires_grad_(True)
         loss = discriminator_loss(self.discriminator(anchor), self.discriminator(target))
         self.discriminator_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.discriminator_optimizer.step()
         self.discriminator.requires_grad_(False)
         return loss.detach()
@@ -258,8 +258,8 @@ class DoCo:
             return Found(taught)
         with self.surgery.objective("forget"):
             forget = generator_loss(self.discriminator(drawn))
-            forget.backward()  # type: ignore[no-untyped-call]
+            forget.backward()
         with self.surgery.objective("retain"):
             kept = self.retain_loss(*retain, generator)
-            kept.backward()  # type: ignore[no-untyped-call]
+            kept.backward()
         return Found(taught, forget.detach(), kept.detach(), self.surgery.step(self.optimizer))
