@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, metavar="N", help="instead of what each case asks for")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     run.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
+    run.add_argument("--resume", action="store_true", help="keep the cases that the file of --json has")
     run.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all rows")
     run.add_argument("--repeats", type=int, default=30, metavar="N", help="samples per provider (default 30)")
     run.add_argument(
@@ -51,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds per case, shared by its providers; "
         "one whose single call would take longer is skipped (default 60)",
+    )
+    run.add_argument(
+        "--until", type=float, metavar="S", help="begin no case after S seconds; --resume does the rest"
     )
     run.add_argument(
         "--allocator",
@@ -84,7 +89,8 @@ def _run(parsed: argparse.Namespace) -> int:
         "repeats": parsed.repeats,
         "time_limit": parsed.time_limit,
     }
-    rows = _measure(cases, settings, run, parsed.json)
+    done = _done(parsed.json, run) if parsed.resume else []
+    rows = _measure(cases, settings, run, done, parsed)
     if parsed.plot:
         from benchmarks.plot import plot
 
@@ -93,7 +99,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _validate(parsed: argparse.Namespace) -> None:
-    for name in ("threads", "repeats", "time_limit"):
+    for name in ("threads", "repeats", "time_limit", "until"):
         value = getattr(parsed, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')}: must be positive, got {value}")
@@ -101,15 +107,36 @@ def _validate(parsed: argparse.Namespace) -> None:
         raise ValueError("--device: cuda was asked for but torch finds no CUDA device")
 
 
+def _done(path: Path | None, run: dict[str, Any]) -> list[results.Row]:
+    """The rows that an earlier part of this run wrote."""
+    if path is None:
+        raise ValueError("--resume: needs --json, the file to go on with")
+    if not path.exists():
+        return []
+    before, rows = results.load(path)
+    for key in ("commit", "machine", "isa", "versions", "allocator", "repeats", "time_limit"):
+        if before[key] != run[key]:
+            raise ValueError(f"--resume: {key} must be that of {path}, {before[key]}, got {run[key]}")
+    return rows
+
+
 def _measure(
-    cases: Sequence[registry.Case], settings: Settings, run: dict[str, Any], path: Path | None
+    cases: Sequence[registry.Case],
+    settings: Settings,
+    run: dict[str, Any],
+    done: Sequence[results.Row],
+    parsed: argparse.Namespace,
 ) -> list[results.Row]:
+    begun, known = time.monotonic(), {row.case for row in done}
+    cases = [case for case in cases if case.name not in known]
     facts = {key: run[key] for key in ("machine", "isa", "versions", "commit", "date")}
     default_threads = torch.get_num_threads()
     floors: dict[int, Floor] = {}
-    rows: list[results.Row] = []
+    rows = list(done)
     with report.screen(len(cases)) as screen:
         for case in cases:
+            if parsed.until and time.monotonic() - begun > parsed.until:
+                break
             screen.start(case.name)
             threads = settings.threads or case.threads or default_threads
             if threads not in floors:
@@ -119,8 +146,8 @@ def _measure(
             screen.finish(found)
             if any(provider.compiled for provider in case.providers):
                 torch.compiler.reset()
-            if path:
-                results.save(path, run, rows)
+            if parsed.json:
+                results.save(parsed.json, run, rows)
     return rows
 
 

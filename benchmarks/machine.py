@@ -16,7 +16,7 @@ import unlearn_kernels
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "numpy", "triton")
-_PEERS = ("opacus", "torchjd", "traker", "faiss-cpu", "liger-kernel")
+_PEERS = ("opacus", "torchjd", "traker", "faiss-cpu", "liger-kernel", "transformers", "diffusers")
 _ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -36,7 +36,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with `+` when the tree differs from it; None outside a repository."""
+    """The commit of the source tree, with `+` when the tree differs from it in more than results; None outside a
+    repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -44,7 +45,9 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

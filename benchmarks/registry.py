@@ -18,10 +18,10 @@ Bandwidth = Literal["read", "axpy"]
 
 @dataclass(frozen=True)
 class Call:
-    """One measurable call. `reset`, untimed before each `run`, undoes what `run` did to its inputs."""
+    """One measurable call. `reset`, untimed before each `run`, undoes what `run` did to its inputs or warms up."""
 
     run: Callable[[], Any]
-    reset: Callable[[], None] | None = None
+    reset: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

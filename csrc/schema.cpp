@@ -58,6 +58,23 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def(
       "project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule, int scope, int[] groups, float[] options, "
       "int flags, int seed) -> (Tensor, Tensor, Tensor)");
+  // counts: elements of each mask, or (by_tensor) of each tensor mask by mask. bits: 8 elements a byte, lowest first.
+  m.def("topk_mask(Tensor[] tensors, int[] counts, bool by_tensor, bool bits) -> Tensor[]");
+  m.def("apply_mask_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
+  // gradients: set by set. groups (G, 6): lr, beta1, beta2, eps, weight decay, and the sign of the gradient; group_of:
+  // of each parameter. Nothing is written where a weight is not finite. stochastic: rounding of bfloat16 parameters.
+  m.def(
+      "surgical_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+      "Tensor[] gradients, Tensor weights, Tensor groups, int[] group_of, bool stochastic, int seed) -> ()");
+  // Inner products of sets in the metric 1 / (sqrt(scale v) + eps); scales (N,) float64
+  m.def("weighted_gramian(Tensor[] tensors, int sets, Tensor[] seconds, Tensor scales, float eps) -> Tensor");
+  // int8 codes of each tensor and float32 scales of blocks of 256 elements, in the order of the indices
+  m.def("compress(Tensor[] tensors) -> (Tensor[], Tensor[])");
+  m.def("decompress_(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales) -> ()");
+  // project_conflict_ with a compressed retain gradient
+  m.def(
+      "project_conflict_compressed_(Tensor(a!)[] forget, Tensor[] codes, Tensor[] scales) -> "
+      "(Tensor, Tensor)");
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 

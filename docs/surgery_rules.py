@@ -2,9 +2,10 @@
 
     python docs/surgery_rules.py
 
-Replaces `docs/surgery_rules.svg`. Needs Matplotlib.
+Replaces `docs/surgery_rules.svg` and `docs/surgery_conflict.svg`. Needs Matplotlib.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from unlearn_kernels import surgery
 from unlearn_kernels.surgery import rules
 
-PICTURE: Final = Path(__file__).with_suffix(".svg")
+FOLDER: Final = Path(__file__).parent
 FORGET, RETAIN = (-0.4, 0.75), (1.4, 0.1)
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "gru": {"cosine_clip": 0.3},
@@ -43,6 +44,17 @@ NOTES: Final = {
 }
 
 
+# What `project_conflict_` alone knows: the rule, its options, a note.
+IN_PLACE: Final[dict[str, tuple[str, dict[str, Any], str]]] = {
+    "doco": ("doco", {}, "f leaves r's other side"),
+    "doco, as published": ("doco", {"compat": True}, "without the factor |f|"),
+    "gdr_gma": ("gdr_gma", {}, "both projected, half and half"),
+    "gdr_gma, as published": ("gdr_gma", {"compat": True}, "f along the new r"),
+    "sago": ("sago", {}, "r's numbers where signs differ"),
+    "graddrop": ("graddrop", {"seed": 2}, "a sign by chance, each number"),
+}
+
+
 def weights(name: str, G: Tensor) -> Tensor:
     """The rule's weights; those with a memory aim at cosines of 0.1."""
     rule = rules.make_rule(name, **OPTIONS.get(name, {}))
@@ -51,10 +63,23 @@ def weights(name: str, G: Tensor) -> Tensor:
     return surgery.weights(G, rule)
 
 
-def panel(axes: Any, name: str) -> None:
+def by_weights(name: str) -> Tensor:
+    """What a rule's weights make of both gradients."""
+    J = torch.tensor([FORGET, RETAIN], dtype=torch.float64)
+    return weights(name, J @ J.T) @ J
+
+
+def in_place(name: str) -> Tensor:
+    """What `project_conflict_` makes of the forget gradient."""
+    rule, options, _ = IN_PLACE[name]
+    forget, retain = (torch.tensor(x, dtype=torch.float64) for x in (FORGET, RETAIN))
+    surgery.project_conflict_([forget], [retain], rule=rule, **options)
+    return forget
+
+
+def panel(axes: Any, name: str, g: Tensor, note: str) -> None:
     """Both gradients, their hull dotted, the result, and shaded the cone that works against neither."""
     J = torch.tensor([FORGET, RETAIN], dtype=torch.float64)
-    g = weights(name, J @ J.T) @ J
     corners = torch.linalg.inv(J) * torch.tensor([3.0, 3.0], dtype=torch.float64)
     cone = torch.cat([torch.zeros(1, 2, dtype=torch.float64), corners.T])
     axes.fill(cone[:, 0], cone[:, 1], color="0.93", zorder=0)
@@ -65,20 +90,26 @@ def panel(axes: Any, name: str) -> None:
         axes.arrow(0, 0, x, y, zorder=3 if label == "g" else 2, linewidth=0, **style)
         axes.text(x + 0.08 * (x > 0) - 0.14 * (x < 0), y + 0.05, label, color=colour, fontsize=8)
     axes.set_title(name, fontsize=9, pad=2)
-    axes.text(0.5, -0.02, NOTES[name], transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
+    axes.text(0.5, -0.02, note, transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
     axes.set(xlim=(-0.75, 1.75), ylim=(-0.85, 1.5), xticks=[], yticks=[], aspect="equal")
     for side in axes.spines.values():
         side.set_visible(False)
 
 
-def main() -> None:
+def draw(picture: str, rows: int, results: Mapping[str, tuple[Tensor, str]]) -> None:
+    """A panel for each of `results` by name: the vector and a note."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "rules", "svg.fonttype": "none", "font.family": "sans-serif"})
-    figure, grid = plt.subplots(3, 6, figsize=(9.5, 5.0), layout="constrained")
-    for axes, name in zip(grid.flat, rules.RULES, strict=True):
-        panel(axes, name)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure, grid = plt.subplots(rows, 6, figsize=(9.5, 5.0 * rows / 3), layout="constrained")
+    for axes, (name, (g, note)) in zip(grid.flat, results.items(), strict=True):
+        panel(axes, name, g, note)
+    figure.savefig(FOLDER / f"{picture}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    draw("surgery_rules", 3, {name: (by_weights(name), NOTES[name]) for name in rules.RULES})
+    draw("surgery_conflict", 1, {name: (in_place(name), kind[-1]) for name, kind in IN_PLACE.items()})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import Job
+from benchmarks.peers import book_keeping
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
@@ -86,6 +87,14 @@ def opacus_hooks(job: Job, clip: bool) -> Callable[[], Tensor]:
         return _clip(grads, job.max_norm, clip)
 
     return run
+
+
+def book_keeping_hooks(job: Job, clip: bool) -> Callable[[], Tensor]:
+    """fastDP's way: one backward without weight gradients, the clipped sum from what hooks kept."""
+    model = job.model()
+    return book_keeping.step(
+        model, lambda: job.losses(model, *job.inputs), lambda norms: clipped(norms, job.max_norm), clip
+    )
 
 
 def vmap(job: Job, clip: bool) -> Callable[[], Tensor]:

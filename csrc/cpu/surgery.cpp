@@ -1,52 +1,14 @@
 #include <algorithm>
+#include <deque>
 #include <limits>
+#include <thread>
 #include <vector>
 
-#include "cpu/common.h"
+#include "cpu/lists.h"
 #include "cpu/surgery_rules.h"
 
 namespace uk {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-View view_of(const Tensor& t, const void* data) {
-  return {data, dtype_of(t, "every tensor"), int(t.dim()), t.sizes().data(), t.strides().data(), t.is_contiguous()};
-}
-
-std::vector<View> views_of(const Tensors& tensors) {
-  std::vector<View> out;
-  out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(view_of(t, t.const_data_ptr()));
-  return out;
-}
-
-// To be asked for before any const view: making shared memory writable may move it.
-std::vector<View> writable_views_of(const Tensors& tensors) {
-  std::vector<View> out;
-  out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(view_of(t, t.mutable_data_ptr()));
-  return out;
-}
-
-// views[i] has the shape of views[i - count].
-void check_shapes(const char* op, const std::vector<View>& views, size_t count) {
-  for (size_t i = count; i < views.size(); ++i) {
-    const View &a = views[i - count], &b = views[i];
-    bool same = a.dims == b.dims;
-    for (int d = 0; same && d < a.dims; ++d) same = a.sizes[d] == b.sizes[d];
-    STD_TORCH_CHECK(same, op, ": shapes of tensor ", i % count, " differ between the lists");
-  }
-}
-
-void check_clash(const char* op, const std::vector<View>& out, const std::vector<View>& views) {
-  const Clash clash = find_clash(out, views);
-  STD_TORCH_CHECK(!clash, op, ": tensor ", clash.out, " overlaps in memory with ",
-                  clash.other < 0 ? "itself or another tensor that is written" : "another tensor");
-}
-
-// Arithmetic hides behind memory here: about two operations a byte.
-Pool pool_of(const TensorLists& lists) { return pool_for(2.0 * double(lists.bytes())); }
 
 enum class Scope : int { global, group, tensor, row, element };
 
@@ -143,7 +105,7 @@ Tensor gramian(const Tensors& tensors, int64_t sets, int64_t scope, std::vector<
   double* full = static_cast<double*>(out.mutable_data_ptr());
   std::vector<double> sums(segments.count * sets * (sets + 1) / 2);
   const Walk walk = lists.walk();
-  kernels().surgery.gramian({walk, 0, walk.blocks, sums.data()}, pool_of(lists));
+  kernels().surgery.gramian({walk, 0, walk.blocks, sums.data(), nullptr}, pool_of(lists));
   const double* sum = sums.data();
   for (int64_t segment = 0; segment < segments.count; ++segment, full += sets * sets)
     for (int64_t a = 0; a < sets; ++a)
@@ -209,42 +171,105 @@ class Projection {
 
   // Every weight needs every sum: two passes over memory.
   void at_once() {
-    look({0, walk_.blocks});
+    look({0, walk_.blocks}, pool_);
     Products total{};
-    for (int64_t i = 0; i < count_; ++i) add(total, of(i));
+    for (int64_t i = 0; i < count_; ++i) add_to(total, of(i));
     if (options_.skip_nonfinite && !total.finite()) return leave();
     const double f = clip_factor(total.ff, options_.max_norm), r = clip_factor(total.rr, options_.max_norm);
     decide(0, count_, f, r);
     clip_result();
-    act({0, walk_.blocks}, 0, count_);
+    act({0, walk_.blocks}, 0, count_, pool_);
   }
 
-  // Segment after segment, a few positions at a time: the second pass finds them in the cache.
+  // Each segment by itself: the second pass finds in the cache what the first one read. What is small enough is
+  // left to one worker, so that some read while others write; the blocks of a larger tensor are shared, first to
+  // look and then to act.
   void in_turn() {
-    int64_t segment = 0;
-    for (int64_t i = 0; i < walk_.count;) {
-      const int64_t first = walk_.positions[i].first_block;
-      for (int64_t bytes = 0; i < walk_.count && bytes < kCached; ++i)
-        bytes += walk_.positions[i].elements *
-                 (size_of(walk_.positions[i].dtypes[0]) + size_of(walk_.positions[i].dtypes[1]));
-      const bool last = i == walk_.count;
-      const Blocks blocks{first, last ? walk_.blocks : walk_.positions[i].first_block};
-      const int64_t next = last ? count_ : walk_.positions[i].segment;
-      look(blocks);
-      decide(segment, next, 1, 1);
-      act(blocks, segment, next);
-      segment = next;
-    }
-    decide(segment, count_, 1, 1);
+    for (int64_t i = 0; i < walk_.count; ++i) add(walk_.positions[i]);
+    const Pool alone{1, pool_.run};
+    pool_.each(int64_t(steps_.size()), [&](int64_t i, int) { take(steps_[i], alone); });
+    decide_empty();
   }
 
  private:
   struct Blocks {
     int64_t begin, end;
   };
-  static constexpr int64_t kCached = 8 << 20;  // bytes that surely stay in the last-level cache
+  static constexpr int64_t kCached = 16 << 20;  // bytes that surely stay in the last-level cache
+  static constexpr int64_t kUnit = 256 << 10;   // bytes of tensors that are too small to be handed out one by one
 
-  static void add(Products& total, const Products& p) {
+  // A tensor whose blocks are shared.
+  struct Shared {
+    const Position& position;
+    std::vector<double> parts;
+    std::atomic<int64_t> unread;
+    std::atomic<bool> decided{false};
+
+    explicit Shared(const Position& p) : position(p), parts(p.blocks() * 3), unread(p.blocks()) {}
+  };
+  // What a worker does at once: all of the segments [first, end), or one block of a tensor that is shared. Steps are
+  // taken in order, so that whoever waits for others waits for what is being done.
+  struct Step {
+    Blocks blocks;
+    int64_t first, end;
+    Shared* shared;
+    bool acts;
+  };
+
+  void add(const Position& p) {
+    const int64_t size = size_of(p.dtypes[0]) + size_of(p.dtypes[1]), end = p.first_block + p.blocks();
+    const int64_t bytes = p.elements * size;
+    if (p.row > 0) {
+      for (int64_t b = p.first_block; b < end; ++b) {
+        const int64_t at = (b - p.first_block) * p.block, stop = std::min(p.elements, at + p.block);
+        steps_.push_back({{b, b + 1}, p.segment + at / p.row, p.segment + stop / p.row, nullptr, false});
+      }
+    } else if (bytes > kCached / pool_.workers && pool_.workers > 1) {
+      shared_.emplace_back(p);
+      for (int64_t b = p.first_block; b < end; ++b) steps_.push_back({{b, b + 1}, 0, 0, &shared_.back(), false});
+      for (int64_t b = end; b-- > p.first_block;) steps_.push_back({{b, b + 1}, 0, 0, &shared_.back(), true});
+      joined_ = kUnit;
+    } else if (!steps_.empty() && joined_ + bytes <= kUnit) {
+      joined_ += bytes;
+      steps_.back().blocks.end = end;
+      steps_.back().end = p.segment + 1;
+    } else {
+      joined_ = bytes;
+      steps_.push_back({{p.first_block, end}, p.segment, p.segment + 1, nullptr, false});
+    }
+  }
+
+  void take(const Step& step, const Pool& alone) {
+    if (step.shared == nullptr) {
+      look(step.blocks, alone);
+      decide(step.first, step.end, 1, 1);
+      act(step.blocks, step.first, step.end, alone);
+    } else if (step.acts) {
+      const int64_t segment = step.shared->position.segment;
+      while (!step.shared->decided.load(std::memory_order_acquire)) std::this_thread::yield();
+      act(step.blocks, segment, segment + 1, alone);
+    } else {
+      look_shared(*step.shared, step.blocks, alone);
+    }
+  }
+  void look_shared(Shared& s, const Blocks& b, const Pool& alone) {
+    double* parts = s.parts.data() + (b.begin - s.position.first_block) * 3;
+    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data(), parts}, alone);
+    if (s.unread.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    const int64_t segment = s.position.segment;
+    for (size_t i = 0; i < s.parts.size(); ++i) sums_[segment * 3 + i % 3] += s.parts[i];
+    decide(segment, segment + 1, 1, 1);
+    s.decided.store(true, std::memory_order_release);
+  }
+  // Segments without elements.
+  void decide_empty() {
+    for (int64_t i = 0; i < count_; ++i) {
+      const Products p = of(i);
+      if (p.ff == 0 && p.rr == 0) decide(i, i + 1, 1, 1);
+    }
+  }
+
+  static void add_to(Products& total, const Products& p) {
     total.ff += p.ff;
     total.fr += p.fr;
     total.rr += p.rr;
@@ -253,7 +278,9 @@ class Projection {
     const double* s = sums_.data() + segment * 3;
     return {s[0], s[1], s[2]};
   }
-  void look(const Blocks& b) { kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data()}, pool_); }
+  void look(const Blocks& b, const Pool& pool) {
+    kernels().surgery.gramian({walk_, b.begin, b.end, sums_.data(), nullptr}, pool);
+  }
 
   void decide(int64_t begin, int64_t end, double f, double r) {
     for (int64_t i = begin; i < end; ++i) {
@@ -275,10 +302,10 @@ class Projection {
     const double c = clip_factor(square < 0 ? 0 : square, options_.max_result_norm);
     for (int64_t i = 0; i < 2 * count_; ++i) weights_[i] *= c;
   }
-  void act(const Blocks& b, int64_t begin, int64_t end) {
+  void act(const Blocks& b, int64_t begin, int64_t end, const Pool& pool) {
     for (int64_t i = begin; i < end; ++i) {
       if (weights_[i * 2] == 1 && weights_[i * 2 + 1] == 0) continue;
-      return kernels().surgery.combine({walk_, b.begin, b.end, 0, weights_, true}, pool_);
+      return kernels().surgery.combine({walk_, b.begin, b.end, 0, weights_, true}, pool);
     }
   }
   void leave() {
@@ -295,13 +322,16 @@ class Projection {
   const int64_t count_;
   std::vector<double> sums_;
   double *gram_, *weights_;
+  std::vector<Step> steps_;
+  std::deque<Shared> shared_;
+  int64_t joined_ = kUnit;  // bytes of the last step, if others may join it
 };
 
 bool all_finite(const std::vector<View>& views) {
   const TensorLists lists(views, 2);
   const Walk walk = lists.walk();
   double s[3] = {};
-  kernels().surgery.gramian({walk, 0, walk.blocks, s}, pool_of(lists));
+  kernels().surgery.gramian({walk, 0, walk.blocks, s, nullptr}, pool_of(lists));
   return Products{s[0], s[1], s[2]}.finite();
 }
 

@@ -108,7 +108,7 @@ void TensorLists::add(const std::vector<const View*>& views, const Segment& segm
   Position p{};
   p.segment = segment.index;
   p.row = segment.row;
-  p.block = kRun * kRunsPerBlock;
+  p.block = kBlockBytes / size_of(views[0]->dtype);
   if (p.row > 0) p.block = std::max<int64_t>(1, p.block / p.row) * p.row;
   p.data = data_.data() + data_.size();
   p.dtypes = dtypes_.data() + dtypes_.size();

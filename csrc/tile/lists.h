@@ -7,7 +7,8 @@
 namespace uk {
 
 constexpr int64_t kRun = 1024;        // elements that are read, and summed in the accumulation type, at once
-constexpr int64_t kRunsPerBlock = 16;  // runs of a task
+constexpr int64_t kRunsPerBlock = 16;  // runs of a task, where they are tiles
+constexpr int64_t kBlockBytes = 128 << 10;  // of a task in the first list, where it is flat
 
 // A tensor as torch describes it.
 struct View {

@@ -9,6 +9,7 @@ struct Gramian {
   Walk walk;
   int64_t begin, end;
   double* sums;  // (segments, pairs), pairs (a, b) with a <= b row by row; added to, rows are overwritten
+  double* parts;  // (end - begin, pairs) to leave the sums of the blocks in instead; null otherwise. Not for rows
 };
 
 // List 0 is written: sum over k of weights[segment][k] * list (first + k), over the blocks [begin, end).

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,45 @@ def test_run_writes_complete_rows(
     assert all(row[name] not in (None, "", {}) for name in wanted)
     assert content["run"]["cpu"]["cores"] >= 1
     assert command.main(["compare", str(path), str(path)]) == 0
+
+
+def test_a_run_is_resumed_where_it_ended(
+    make_case: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_case()
+    cases = (first, dataclasses.replace(first, name="doubling/second"))
+    monkeypatch.setattr(command.registry, "select", lambda patterns: cases)
+    path = tmp_path / "out.json"
+    run = ["run", "--json", str(path), "--repeats", "1", "--threads", "1", "--allocator", "default"]
+    assert command.main([*run, "--until", "1e-9"]) == 0
+    assert not path.exists()
+    assert command.main(run) == 0
+    content, rows = results.load(path)
+    results.save(path, content, rows[: len(rows) // 2])
+    assert command.main([*run, "--resume"]) == 0
+    _, resumed = results.load(path)
+    assert [row.case for row in resumed] == [row.case for row in rows]
+    assert resumed[0].seconds == rows[0].seconds
+
+
+def test_a_run_of_another_commit_is_not_resumed(
+    make_case: Callable[..., Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command.registry, "select", lambda patterns: (make_case(),))
+    path = tmp_path / "out.json"
+    run = ["run", "--json", str(path), "--repeats", "1", "--threads", "1", "--allocator", "default"]
+    assert command.main(run) == 0
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"run": content["run"] | {"commit": "0123"}}))
+    with pytest.raises(SystemExit):
+        command.main([*run, "--resume"])
+    assert "--resume: commit must be that of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["run", "--resume"])
+    assert "--resume: needs --json" in capsys.readouterr().err
 
 
 def test_run_tells_a_wrong_number_by_its_status(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.surgery.gramians import awkward, dependent, jacobian
 from tests.surgery.lists import gradients
@@ -334,26 +334,26 @@ def test_dependent_gradients_of_20_million_elements(dtype):
         assert w.abs().max() < 1e3, name
 
 
-class Watch(FakeTensorMode):
-    """Tensors without values: whatever looks at one raises, and so do copies that the host would wait for."""
+class Watch(TorchDispatchMode):
+    """Refuses copies to another device that the host would wait for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
             assert kwargs.get("non_blocking"), kwargs
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
     ("name", "K"), [(n, K) for n, K in CASES if K in (1, 2, 4) and not rules.RULES[n].waits]
 )
-def test_no_host_waits_for_a_cuda_gramian(name, K):
+def test_no_host_waits_for_a_gramian_elsewhere(name, K):
     more = {"generator": torch.Generator().manual_seed(0)} if name in ("pcgrad", "gradvac") else {}
     more |= {"iterations": 3} if name == "mgda" and K == 4 else {}
     more |= {"preference": [1.0] * K} if name in ("upgrad", "dualproj") else {}
-    with Watch():
-        found = weigh(name, torch.empty(3, K, K, device="cuda"), **more)
-    assert found.device.type == "cuda"
+    with Watch():  # tensors without values: whatever looks at one raises
+        found = weigh(name, torch.empty(3, K, K, device="meta"), **more)
+    assert found.device.type == "meta"
     assert found.shape == (3, K)
 
 

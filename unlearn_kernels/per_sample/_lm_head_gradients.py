@@ -80,7 +80,7 @@ def weighted_sum(
 
     Source: book-keeping, Bu et al. 2023 (arXiv 2210.00038).
     """
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     check_weights(w, x.h, len(x.h))
     head = _Head(x, W, bias, ignore_index, backend)
     # A weight of 0 leaves its sample out even where an upstream gradient is infinite.
@@ -119,7 +119,7 @@ def grads(
 
     Scratch: one gradient, a copy of a head of half type, and that of `linear_nll`'s backward.
     """
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     head = _Head(x, *_wide(W, bias, x), ignore_index, backend)
     weight = head.lse.new_empty(len(x.h), *W.shape)
     offset = head.lse.new_empty(len(x.h), W.shape[0])
@@ -170,7 +170,7 @@ def project(
 
     Source: Choe et al. 2024 (LoGra, arXiv 2405.13954).
     """
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     if isinstance(projection, TwoSided):
         return _two_sided(_Head(x, W, bias, ignore_index, backend), projection)
     dim = W.numel() + (0 if bias is None else W.shape[0])

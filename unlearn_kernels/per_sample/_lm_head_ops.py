@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._checks import check_range
 from unlearn_kernels.per_sample._checks import folded
 from unlearn_kernels.reference import token_loss as token_reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
@@ -101,11 +102,12 @@ _ops.register_operator(
 )
 
 
-def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, suffix: str = "") -> Tokens:
+def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, ignore_index: int, suffix: str = "") -> Tokens:
     """The tokens with all dimensions between the first and the last folded into one, in the types of the kernels.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit; `suffix` tells the names of two sides apart.
+        ValueError: if shapes, devices or dtypes do not fit, or, on the CPU, a label is out of range; `suffix`
+            tells the names of two sides apart.
     """
     check_head(W, bias)
     h, labels = tokens.h.detach(), tokens.labels
@@ -120,6 +122,8 @@ def checked(tokens: Tokens, W: Tensor, bias: Tensor | None, suffix: str = "") ->
             raise ValueError(f"{name}{suffix} must have shape {wanted} to fit h{suffix}, got {got}")
         if x is not None and x.device != W.device:
             raise ValueError(f"{name}{suffix} must be on the device of W, {W.device}, got {x.device}")
+    if labels.is_cpu:
+        check_range(f"labels{suffix}", labels, W.shape[0], ignore_index)
     wide = accumulation_dtype(h)
     rest = (None if x is None else flat(x.detach().to(wide)) for x in tokens[2:])
     return Tokens(folded(h), flat(labels.long()), *rest)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._checks import check_range
 from unlearn_kernels.influence import Projection
 from unlearn_kernels.per_sample._checks import check_floats, check_weights, folded
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
@@ -95,10 +96,7 @@ def _folded(
             f"{name} must have the shape of {g_name} without its last dimension, {tuple(shape)}, or that of "
             f"one sample, got {tuple(ids.shape)}"
         )
-    if not torch.compiler.is_compiling() and ids.numel() > 0:
-        low, high = (int(x) for x in torch.aminmax(ids))
-        if low < 0 or high >= num_embeddings:
-            raise ValueError(f"{name} must be in [0, {num_embeddings}), got {low if low < 0 else high}")
+    check_range(name, ids, num_embeddings)
     g = folded(G)
     return ids.expand(shape).reshape(g.shape[:2]), g.detach()
 

@@ -13,6 +13,7 @@ from typing import Final, Literal
 from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._checks import check_range
 from unlearn_kernels.per_sample._checks import folded
 from unlearn_kernels.per_sample._lm_head_gradients import grads, project, weighted_sum
 from unlearn_kernels.per_sample._lm_head_ops import Tokens, check_float, checked, detached, flat, logsumexps
@@ -73,8 +74,8 @@ def sqnorms(
         every number of threads.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, or `method` is unknown.
-        RuntimeError: if a label is neither in [0, V) nor ignored (on CUDA the sample's norm is NaN instead).
+        ValueError: if shapes, devices or dtypes do not fit, `method` is unknown, or a label is neither in [0, V)
+            nor ignored (on CUDA the sample's norm is NaN instead).
 
     Scratch on the CPU, in elements of the accumulation type, for the N rows of the samples in flight (as many as
     have 2048 rows together; at least one): N d, a block of 8 MB or N x 384, T^2 of each (`gram`); under 1 MB a
@@ -84,7 +85,7 @@ def sqnorms(
     et al. 2024 (arXiv 2411.09009).
     """
     code = _code(method, _CODES)
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     call = select("lm_head_sqnorms", backend, _floats(W, bias, x.h))
     return call(*x, W.detach(), detached(bias), ignore_index, code)
 
@@ -121,8 +122,7 @@ def dots(
         every number of threads.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, or `method` is unknown.
-        RuntimeError: as in `sqnorms`.
+        ValueError: as in `sqnorms`.
 
     Scratch on the CPU, in elements of the accumulation type: for at most 2048 rows of each side in flight (`direct`:
     at least one sample) N d, a block of 8 MB or N x 384, and N1 N2 (`tokens`) or 32 tiles a thread (`direct`).
@@ -131,7 +131,8 @@ def dots(
     """
     code = _code(method, _DOTS_CODES)
     x, y = (
-        checked(Tokens(*side), W, bias, name) for side, name in ((left, " of left"), (right, " of right"))
+        checked(Tokens(*side), W, bias, ignore_index, name)
+        for side, name in ((left, " of left"), (right, " of right"))
     )
     call = select("lm_head_dots", backend, _floats(W, bias, x.h, y.h))
     return call(*x, *y, W.detach(), detached(bias), ignore_index, summed, code)
@@ -176,12 +177,12 @@ def tied_dots(
         (B,), float32 (float64 for float64 inputs). Not differentiable.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit.
-        RuntimeError: if a label or an id is out of range (on CUDA the sample's result is NaN instead).
+        ValueError: if shapes, devices or dtypes do not fit, or a label or an id is out of range (on CUDA the
+            sample's result is NaN instead).
 
     Scratch on the CPU: under 0.5 MB a thread and 32 bytes a token.
     """
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     ids, g, padding = _looked_up(ids, G, x, W, padding_idx)
     call = select("lm_head_tied_dots", backend, _floats(W, bias, x.h, g))
     return call(ids, g, *x, W.detach(), detached(bias), padding, ignore_index)
@@ -226,13 +227,13 @@ def tied_sqnorms(
         (B,), float32 (float64 for float64 inputs), at least 0. Not differentiable.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, or `method` is unknown.
-        RuntimeError: if a label or an id is out of range (on CUDA the sample's result is NaN instead).
+        ValueError: if shapes, devices or dtypes do not fit, `method` is unknown, or a label or an id is out of
+            range (on CUDA the sample's result is NaN instead).
 
     Scratch: that of the three.
     """
     code = _code(method, _CODES)
-    x = checked(Tokens(h, labels, upstream, lse), W, bias)
+    x = checked(Tokens(h, labels, upstream, lse), W, bias, ignore_index)
     ids, g, padding = _looked_up(ids, G, x, W, padding_idx)
     x = x._replace(lse=logsumexps(x, W, bias, ignore_index, backend))
     head, floats = (W.detach(), detached(bias)), _floats(W, bias, x.h, g)
@@ -254,6 +255,8 @@ def _looked_up(
         )
     if ids.device != W.device:
         raise ValueError(f"ids must be on the device of W, {W.device}, got {ids.device}")
+    if ids.is_cpu:
+        check_range("ids", ids, W.shape[0])
     if padding_idx is not None and not -W.shape[0] <= padding_idx < W.shape[0]:
         raise ValueError(f"padding_idx must be in [{-W.shape[0]}, {W.shape[0]}) or None, got {padding_idx}")
     padding = -1 if padding_idx is None else padding_idx % W.shape[0]

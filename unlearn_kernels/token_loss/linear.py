@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
+from unlearn_kernels._checks import check_range
 from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss import _sweep
@@ -113,9 +114,9 @@ def linear_nll(
         come in the dtypes of what they belong to. The same bits at every number of threads.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, or `reduction` is unknown.
-        RuntimeError: if a label is neither in [0, V) nor ignored (on CUDA such a row becomes NaN instead), or
-            if a gradient is differentiated again.
+        ValueError: if shapes, devices or dtypes do not fit, `reduction` is unknown, or a label is neither in
+            [0, V) nor ignored (on CUDA such a row becomes NaN instead).
+        RuntimeError: if a gradient is differentiated again.
 
     Scratch on the CPU for N rows that count, in elements of the accumulation type: `N d + N V / 96` forward;
     `3 N d` and a block of logits, 8 MB or N x 384, backward; in one sweep `3 N d` and the logits of N / 6 rows
@@ -128,7 +129,12 @@ def linear_nll(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
     tensors = (h, W) if bias is None else (h, W, bias)
-    return select("linear_nll", backend, tensors)(h, W, bias, labels.long(), ignore_index, reduction)
+    call = select("linear_nll", backend, tensors)
+    try:
+        return call(h, W, bias, labels.long(), ignore_index, reduction)
+    except (RuntimeError, IndexError):
+        check_range("labels", labels, W.shape[0], ignore_index)
+        raise
 
 
 def _check(h: Tensor, W: Tensor, labels: Tensor, bias: Tensor | None) -> None:

@@ -78,6 +78,7 @@ def _providers(clip: bool) -> tuple[Provider, ...]:
         Provider("plain forward+backward", _plain, "plain", requires=needs, yardstick=True),
         Provider("opacus ghost", peer(whole_model.opacus_ghost), requires=(*needs, "opacus")),
         Provider("opacus hooks", peer(whole_model.opacus_hooks), requires=(*needs, "opacus")),
+        Provider("book-keeping hooks", peer(whole_model.book_keeping_hooks), requires=needs),
         Provider("torch vmap", peer(whole_model.vmap), requires=needs),
         Provider("batch-1 loop", _loop(clip), requires=needs),
     )

@@ -27,7 +27,7 @@ def _bargained(cosine_matrix: Tensor) -> Tensor:
         # The best length along a direction is known: s^T C s = K.
         square = (s * (C @ s[..., None])[..., 0]).sum(-1, keepdim=True)
         s = s * (s.shape[-1] / square).sqrt()
-        if not s.is_cuda and bool((decrement < 1e-12).all()):
+        if s.is_cpu and bool((decrement < 1e-12).all()):
             break
     return s
 
