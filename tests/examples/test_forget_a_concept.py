@@ -57,7 +57,9 @@ def test_quick_run_writes_its_report(tmp_path: Path) -> None:
         assert all(0 <= drawn[name] <= 1 for name in ("target", "others", "colour"))
         assert math.isfinite(drawn["retain_loss"])
     first = [next(step for step in report["steps"][way] if "forget" in step) for way in ways]
-    assert all(step == pytest.approx(first[0], rel=1e-6) for step in first)  # the ways part after the first step
+    assert all(
+        step == pytest.approx(first[0], rel=1e-6) for step in first
+    )  # the ways part after the first step
     assert report["drawn"]["doco"]["retain_loss"] != report["drawn"]["before"]["retain_loss"]
 
 
