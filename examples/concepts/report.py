@@ -87,12 +87,12 @@ def plot(report: Mapping[str, Any], judged: Mapping[str, Measured], path: Path) 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(13, 8), constrained_layout=True)
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    figure = plt.figure(figsize=(13, 7), constrained_layout=True)
+    above, below = figure.subfigures(2, 1)
     axes = above.subplots(1, len(judged))
     for axis, (name, measured) in zip(axes, judged.items(), strict=True):
         columns = len(measured.pictures) // (len(SHAPES) * len(COLOURS)) * len(COLOURS)
-        shown = min(columns, 12)
+        shown = min(columns, len(SHAPES))
         rows = measured.pictures.view(len(SHAPES), columns, *measured.pictures.shape[1:])
         stride = columns // shown
         axis.imshow(contact_sheet(rows[:, ::stride][:, :shown].flatten(0, 1), shown).numpy())
@@ -105,12 +105,12 @@ def plot(report: Mapping[str, Any], judged: Mapping[str, Measured], path: Path) 
         at = [i + (k - (len(judged) - 1) / 2) * width for i in range(len(SHAPES))]
         bars.bar(at, [measured.shapes[shape] for shape in SHAPES], width, label=name)
     bars.set_xticks(range(len(SHAPES)), SHAPES)
-    bars.set(title="Accuracy of what is drawn", ylim=(0, 1.05))
+    bars.set(title="Accuracy of what is drawn", ylim=(-0.15, 1.05))
     for way, seen in report["steps"].items():
         points = [(i, step["retain"]) for i, step in enumerate(seen) if "retain" in step]
         curve.plot(*zip(*points, strict=True), label=way)
     curve.set(title="Retain loss of the batches", xlabel="step")
-    for axis in (bars, curve):
-        axis.legend(fontsize=8)
+    bars.legend(fontsize=8, ncols=len(judged), loc="lower center", framealpha=1.0)
+    curve.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
