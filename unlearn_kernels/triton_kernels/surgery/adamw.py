@@ -12,10 +12,14 @@ from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, program, span
 from unlearn_kernels.triton_kernels.surgery.masks import load_one
 from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, blocks, bounds, load_rows, store_row
-from unlearn_kernels.triton_kernels.surgery.tables import copy_back, made_dense, refuse_overlap, table_of
-
-_FIELDS: Final = 6  # lr, beta1, beta2, eps, weight decay, sign
-_FIRST: Final = 3  # lists before the gradients: parameter, exp_avg, exp_avg_sq
+from unlearn_kernels.triton_kernels.surgery.tables import (
+    addresses_of,
+    copy_back,
+    made_dense,
+    moved,
+    refuse_overlap,
+    table_of,
+)
 
 
 @triton.jit
@@ -118,10 +122,6 @@ def adamw_kernel(
             store_row(v_at, v_code, at, inside, v, TYPES, ALIGNED)
 
 
-def _moved(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-
 def surgical_adamw_(
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -144,8 +144,8 @@ def surgical_adamw_(
     table = table_of(made)
     terms = len(sets)
     rows = blocks(terms, 1)["ROWS"]
-    at_steps = _moved([s.data_ptr() for s in steps], torch.int64, device)
-    wide = _moved([s.dtype == torch.float64 for s in steps], torch.int32, device)
+    at_steps = addresses_of(steps, device)
+    wide = moved([s.dtype == torch.float64 for s in steps], torch.int32, device)
     acc = tl.float32 if table.single else tl.float64
     exact = any(x.dtype == torch.float32 for x in gradients) or not table.single
     with on_device(weights):
@@ -154,8 +154,8 @@ def surgical_adamw_(
         )
         if table.tasks > 0:
             adamw_kernel[(table.tasks,)](
-                *table.tensors(), weights, groups.contiguous(), _moved(group_of, torch.int32, device), at_steps, wide,
-                _moved(range(n), torch.int32, device), n, seed, TERMS=terms, ROWS=rows, BLOCK=512,
+                *table.tensors(), weights, groups.contiguous(), moved(group_of, torch.int32, device), at_steps, wide,
+                moved(range(n), torch.int32, device), n, seed, TERMS=terms, ROWS=rows, BLOCK=512,
                 TYPES=table.types, ACC=acc, SUM=tl.float64 if exact else acc, ALIGNED=table.aligned,
                 STOCHASTIC=stochastic, **launch_options(),
             )  # fmt: skip

@@ -12,7 +12,13 @@ from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, program, span
 from unlearn_kernels.triton_kernels.surgery.masks import load_one
 from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, bounds, segment_sums, store_row
-from unlearn_kernels.triton_kernels.surgery.tables import Table, copy_back, refuse_overlap, table_of
+from unlearn_kernels.triton_kernels.surgery.tables import (
+    Table,
+    addresses_of,
+    copy_back,
+    refuse_overlap,
+    table_of,
+)
 
 _BLOCK: Final = 256  # elements that share a scale
 _TILE: Final = 4  # such blocks at once
@@ -144,17 +150,13 @@ def coded_add_kernel(
             store_row(base, code, at, at < stop, f + w.to(ACC) * r, TYPES, ALIGNED)
 
 
-def _addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.tensor([x.data_ptr() for x in tensors]).to(device, non_blocking=True)
-
-
 def _launch(
     kernel: Any, table: Table, codes: Sequence[Tensor], scales: Sequence[Tensor], *more: Any, **constants: Any
 ) -> None:
     device = table.addresses.device
     with on_device(table.addresses):
         kernel[(table.tasks,)](
-            *table.tensors(), _addresses(codes, device), _addresses(scales, device), *more, BLOCK=_BLOCK,
+            *table.tensors(), addresses_of(codes, device), addresses_of(scales, device), *more, BLOCK=_BLOCK,
             TYPES=table.types, ALIGNED=table.aligned, **constants, **launch_options(),
         )  # fmt: skip
 

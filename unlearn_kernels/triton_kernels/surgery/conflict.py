@@ -32,9 +32,9 @@ def ratio(x, y):
 
 
 @triton.jit
-def number(options, AT: tl.constexpr):
-    """One of the options, float64."""
-    return tl.load(options + AT).to(tl.float64)
+def number(numbers, AT: tl.constexpr):
+    """One of the rule's numbers, float64."""
+    return tl.load(numbers + AT).to(tl.float64)
 
 
 @triton.jit
@@ -55,10 +55,10 @@ def clip_factor(square, most):
 
 @triton.jit
 def pair_weights(
-    ff, fr, rr, options, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr
+    ff, fr, rr, numbers, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr
 ):
     """Weights of forget and retain; the formulas are those of `reference.surgery_rules`."""
-    gamma, alpha, eps, lam = number(options, 0), number(options, 1), number(options, 2), number(options, 3)
+    gamma, alpha, eps, lam = number(numbers, 0), number(numbers, 1), number(numbers, 2), number(numbers, 3)
     conflict = (fr >= 0) == 0
     one = tl.full(ff.shape, 1.0, dtype=tl.float64)
     f, r = one, one * 0
@@ -70,7 +70,7 @@ def pair_weights(
         f = tl.where(conflict, gamma - alpha * ratio(fr, ff), gamma)
         r = tl.where(conflict, alpha - gamma * ratio(fr, rr), alpha)
     if RULE == 2:
-        most = number(options, 4)
+        most = number(numbers, 4)
         cosine = ratio(fr, tl.sqrt(ff) * tl.sqrt(rr))
         limited = most * ratio(tl.sqrt(ff), tl.sqrt(rr))
         r = tl.where(conflict, tl.where(cosine < -most, limited, -ratio(fr, rr)), 0.0)
@@ -94,16 +94,16 @@ def pair_weights(
 
 @triton.jit
 def clipped_weights(
-    ff, fr, rr, c, d, options, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr
+    ff, fr, rr, c, d, numbers, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr
 ):
     """The weights after both gradients have been clipped by the factors c and d."""
-    f, r = pair_weights(ff * c * c, fr * c * d, rr * d * d, options, RULE, COMPATIBLE, UPPER_LEVEL)
+    f, r = pair_weights(ff * c * c, fr * c * d, rr * d * d, numbers, RULE, COMPATIBLE, UPPER_LEVEL)
     return f * c, r * d
 
 
 @triton.jit
 def rule_kernel(
-    gramians, options, weights, count, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr,
+    gramians, numbers, weights, count, RULE: tl.constexpr, COMPATIBLE: tl.constexpr, UPPER_LEVEL: tl.constexpr,
     SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights (count, 2) from Gramians (count, 2, 2), in one program: both clips need all of them."""
@@ -116,21 +116,21 @@ def rule_kernel(
         sums_fr += fr
         sums_rr += rr
     total_ff, total_fr, total_rr = tl.sum(sums_ff, axis=0), tl.sum(sums_fr, axis=0), tl.sum(sums_rr, axis=0)
-    c = clip_factor(total_ff, number(options, 5))
-    d = clip_factor(total_rr, number(options, 5))
+    c = clip_factor(total_ff, number(numbers, 5))
+    d = clip_factor(total_rr, number(numbers, 5))
     squares = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, count, BLOCK):
         at = span(start, BLOCK)
         ff, fr, rr = load_products(gramians, at, at < count)
-        f, r = clipped_weights(ff, fr, rr, c, d, options, RULE, COMPATIBLE, UPPER_LEVEL)
+        f, r = clipped_weights(ff, fr, rr, c, d, numbers, RULE, COMPATIBLE, UPPER_LEVEL)
         squares += tl.where(at < count, f * f * ff + 2 * f * r * fr + r * r * rr, 0.0)
     square = tl.sum(squares, axis=0)
-    e = clip_factor(tl.where(square < 0, 0.0, square), number(options, 6))
+    e = clip_factor(tl.where(square < 0, 0.0, square), number(numbers, 6))
     finite = (total_ff + total_rr + tl.abs(total_fr)) * 0 == 0
     for start in range(0, count, BLOCK):
         at = span(start, BLOCK)
         ff, fr, rr = load_products(gramians, at, at < count)
-        f, r = clipped_weights(ff, fr, rr, c, d, options, RULE, COMPATIBLE, UPPER_LEVEL)
+        f, r = clipped_weights(ff, fr, rr, c, d, numbers, RULE, COMPATIBLE, UPPER_LEVEL)
         f, r = f * e, r * e
         if SKIP:
             f, r = tl.where(finite, f, 1.0), tl.where(finite, r, 0.0)
@@ -181,7 +181,7 @@ def _case(rule: int, flags: int) -> AotCase:
         "RULE": rule, "COMPATIBLE": bool(flags & COMPAT), "UPPER_LEVEL": bool(flags & UPPER),
         "SKIP": bool(flags & SKIP_NONFINITE), "BLOCK": _BLOCK,
     }  # fmt: skip
-    return AotCase(rule_kernel, dict.fromkeys(("gramians", "options", "weights"), "fp64"), constants)
+    return AotCase(rule_kernel, dict.fromkeys(("gramians", "numbers", "weights"), "fp64"), constants)
 
 
 AOT: Final = (*(_case(rule, 0) for rule in range(6)), _case(3, UPPER), _case(4, COMPAT), _case(5, COMPAT | 8))

@@ -43,7 +43,7 @@ def kept(x, positive, u, leak):
 
 @triton.jit
 def elements_kernel(
-    addresses, codes, positions, starts, stops, segments, firsts, total, options, clashes, seed, count,
+    addresses, codes, positions, starts, stops, segments, firsts, total, numbers, clashes, seed, count,
     BLOCK: tl.constexpr, TYPES: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, DROP: tl.constexpr,
     DROPS_CLASHES: tl.constexpr, AGREE: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def elements_kernel(
         f_code = tl.load(codes + position + one).to(tl.int32)
         r_code = tl.load(codes + count + position + one).to(tl.int32)
         out, out_code = tl.load(addresses + position).to(tl.int64), tl.load(codes + position).to(tl.int32)
-        gamma, alpha = tl.load(options).to(tl.float64).to(ACC), tl.load(options + 1).to(tl.float64).to(ACC)
+        gamma, alpha = tl.load(numbers).to(tl.float64).to(ACC), tl.load(numbers + 1).to(tl.float64).to(ACC)
         found = tl.zeros((BLOCK,), dtype=tl.int32)
         for offset in range(0, stop - start, BLOCK):
             at = span(start + offset, BLOCK)
@@ -77,8 +77,8 @@ def elements_kernel(
             if DROP:
                 u = uniforms(seed, tl.load(firsts + position).to(tl.int64) + start + offset, BLOCK, ACC)
                 positive = 0.5 + 0.5 * ((f + r) / (tl.abs(f) + tl.abs(r)))
-                forget_leak = tl.load(options + 7).to(tl.float64).to(ACC)
-                retain_leak = tl.load(options + 8).to(tl.float64).to(ACC)
+                forget_leak = tl.load(numbers + 7).to(tl.float64).to(ACC)
+                retain_leak = tl.load(numbers + 8).to(tl.float64).to(ACC)
                 made = kept(f, positive, u, forget_leak) + kept(r, positive, u, retain_leak)
             else:
                 agreed = gamma * f
@@ -128,7 +128,7 @@ def project_elements(
 def _case(
     types: int, *, drop: bool, aligned: bool = True, skip: bool = False, agree: bool = False
 ) -> AotCase:
-    pointers = {**TABLE_TYPES, "firsts": "i64", "total": "fp64", "options": "fp64", "clashes": "fp64"}
+    pointers = {**TABLE_TYPES, "firsts": "i64", "total": "fp64", "numbers": "fp64", "clashes": "fp64"}
     constants = {
         "BLOCK": _BLOCK, "TYPES": types, "ACC": tl.float64 if types & 2 else tl.float32, "ALIGNED": aligned,
         "DROP": drop, "DROPS_CLASHES": False, "AGREE": agree, "SKIP": skip,

@@ -15,7 +15,14 @@ from torch import Tensor
 from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, program, span
 from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, bounds, store_row, typed
-from unlearn_kernels.triton_kernels.surgery.tables import Table, copy_back, refuse_overlap, table_of
+from unlearn_kernels.triton_kernels.surgery.tables import (
+    Table,
+    addresses_of,
+    copy_back,
+    moved,
+    refuse_overlap,
+    table_of,
+)
 
 _DIGIT: Final = 11
 _BINS: Final = 1 << _DIGIT
@@ -179,10 +186,6 @@ def _digits(bits: int) -> Iterator[tuple[int, int]]:
         above -= _DIGIT
 
 
-def _addresses(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    return torch.tensor([[x.data_ptr() for x in row] for row in rows]).to(device, non_blocking=True)
-
-
 def _cuts(table: Table, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The key of each mask's last element, and how many equal to it are taken."""
     device, masks = table.addresses.device, len(counts)
@@ -209,14 +212,14 @@ def _fill(
     if table.tasks == 0:
         return
     device = table.addresses.device
+    outs = addresses_of([x for row in rows for x in row], device)
     with on_device(table.addresses):
         keys, takes = _cuts(table, counts)
         ties = torch.empty(len(counts), table.tasks, dtype=torch.int64, device=device)
         grid = (table.tasks, len(counts))
         ties_kernel[grid](*table.tensors(), keys, ties, table.tasks, **_settings(table), **launch_options())
         take_kernel[grid](
-            *table.tensors(), keys, takes, ties.cumsum(1) - ties, _addresses(rows, device), len(tensors),
-            table.tasks, BITS=bits, **_settings(table), **launch_options(),
+            *table.tensors(), keys, takes, ties.cumsum(1) - ties, outs, len(tensors), table.tasks, BITS=bits, **_settings(table), **launch_options(),
         )  # fmt: skip
 
 
@@ -249,11 +252,11 @@ def apply_mask_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     table = table_of([made])
     if table.tasks > 0:
         device = table.addresses.device
-        packed = torch.tensor([m.dtype == torch.uint8 for m in masks], dtype=torch.int32).to(device)
+        packed = moved([m.dtype == torch.uint8 for m in masks], torch.int32, device)
         with on_device(table.addresses):
             apply_kernel[(table.tasks,)](
                 *table.tensors(),
-                _addresses([ordered], device),
+                addresses_of(ordered, device),
                 packed,
                 **_settings(table),
                 **launch_options(),

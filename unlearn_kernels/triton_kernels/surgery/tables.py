@@ -58,6 +58,16 @@ class _Chunks(NamedTuple):
     firsts: Tensor
 
 
+def moved(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device; the host does not wait for the copy."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def addresses_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Where tensors lie, int64."""
+    return moved([x.data_ptr() for x in tensors], torch.int64, device)
+
+
 def _repeated(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For counts (2, 3): which entry each of 5 belongs to, (0, 0, 1, 1, 1), and its place there, (0, 1, 0, 1, 2)."""
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -92,17 +102,17 @@ def table_of(lists: Sequence[Sequence[Tensor]], scope: int = GLOBAL, groups: Seq
     addresses = torch.tensor([[x.data_ptr() for x in tensors] for tensors in lists])
     aligned = all(not (x % _VECTOR).any() for x in (addresses, chunks.starts, chunks.stops))
 
-    def moved(x: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    def there(x: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
         return x.to(device, dtype, non_blocking=True)
 
     return Table(
-        moved(addresses),
-        moved(torch.tensor(codes), torch.int32),
-        moved(chunks.positions, torch.int32),
-        moved(chunks.starts),
-        moved(chunks.stops),
-        moved(chunks.segments, torch.int32),
-        moved(chunks.firsts),
+        there(addresses),
+        there(torch.tensor(codes), torch.int32),
+        there(chunks.positions, torch.int32),
+        there(chunks.starts),
+        there(chunks.stops),
+        there(chunks.segments, torch.int32),
+        there(chunks.firsts),
         types=sum(1 << code for code in types),
         single=CODES[torch.float64] not in types,
         aligned=aligned,
