@@ -323,7 +323,7 @@ def test_parameter_groups_are_taken_as_an_optimizer_has_them():
     assert [id(p) for p in surg.parameters] == [id(p) for g in optimizer.param_groups for p in g["params"]]
 
 
-@pytest.mark.parametrize("rule", ["pcgrad", "agem", "nash_mtl"])
+@pytest.mark.parametrize("rule", ["pcgrad", "agem", "nash_mtl", "doco", "gdr_gma"])
 def test_the_norm_is_limited_before_the_gradient_is_formed(rule):
     model = net()
     surg = GradientSurgery(model, rule, max_norm=0.01)

@@ -198,13 +198,12 @@ class GradientSurgery:
     def _one_call(self, held: Sequence[Gradients]) -> tuple[Step, Gradients] | None:
         """Two gradients in one operator: it writes nothing where nothing conflicts, and looks again while in cache."""
         rule = self.rule.in_one_call() if len(held) == 2 else None
-        if (
-            rule is None
-            or self.averages
-            or self.max_norm is not None
-            or self._process_group(held) is not None
-        ):
+        if rule is None or self.averages or self._process_group(held) is not None:
             return None
+        if self.max_norm is not None:
+            if not isinstance(self.rule, InPlace):
+                return None
+            rule["max_result_norm"] = self.max_norm
         forget, retain = held
         # It leaves out a parameter without a forget gradient.
         if not self.rule.one_sided and any(f is None and r is not None for f, r in zip(*held, strict=True)):

@@ -1,0 +1,1 @@
+"""The parts of `examples/forget_a_concept.py`."""
