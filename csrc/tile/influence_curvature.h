@@ -5,20 +5,20 @@
 
 namespace uk {
 
-// out (p, d; contiguous, float, or double for f64) += sum_n (sum_t g_nt a_nt^T)^2, elementwise.
+// out (p, d; contiguous, float, or double for f64) = sum_n (sum_t g_nt a_nt^T)^2, elementwise.
 struct SquaredGradients {
   Tokens a, g;
   void* out;
 };
 
-// out (d) += sum_b x_b^2, elementwise, x (batch, d).
+// out (d) = sum_b x_b^2, elementwise, x (batch, d).
 struct SquaredRows {
   Operand x;
   int64_t batch, dim;
   void* out;
 };
 
-// out (d, d; contiguous) += x^T x, x (rows, d). Both triangles are written.
+// out (d, d; contiguous) = x^T x, x (rows, d). Both triangles are written.
 struct Covariance {
   Operand x;
   int64_t rows, dim;
@@ -26,7 +26,7 @@ struct Covariance {
 };
 
 // One layer of DataInf: g (n, dim) stored gradients and v (queries, dim), rows contiguous, float.
-// scores (queries, n; double) += (v . g_k - sum_i c_i g_i . g_k / n) / damping, c_i = v . g_i / (damping + norms_i).
+// scores (queries, n; double) = the sum over layers of (v . g_k - sum_i c_i g_i . g_k / n) / damping, c_i = v . g_i / (damping + norms_i).
 struct DataInfLayer {
   const float *g, *v;
   int64_t n, queries, dim, g_stride, v_stride;

@@ -1,25 +1,39 @@
-// Search in a store of quantised rows, ISA-free declarations.
+// Search in a store of rows for the ends of each query's ranking, ISA-free declarations.
 #pragma once
 #include "tile/types.h"
 
 namespace uk {
 
-// Rows of unsigned bytes, value (byte - 128) scale, or of nibbles, (nibble - 8) scale, the low one first; a scale for
-// every `block` columns of a row. Queries are the same with signed bytes of at most 63, or 127 for nibbles.
-struct QuantisedScan {
-  const int8_t* queries;      // (count, depth), contiguous
-  const float* query_scales;  // (count, blocks)
-  const uint8_t* rows;        // (size, row_bytes)
-  const float* row_scales;    // (size, blocks)
-  int64_t count, size, depth, row_bytes, block, k;
-  bool nibbles, both;         // both: the k largest, then the k smallest
-  bool largest;
-  float* values;              // (count, k), or (2, count, k)
+enum class Rows { dense, bytes, nibbles };
+
+// Stored rows. `bytes`: value (byte - 128) scale; `nibbles`: (nibble - 8) scale, the low one of a byte first; a scale for
+// every `block` columns of a row.
+struct StoredRows {
+  Rows kind;
+  Operand dense;
+  const uint8_t* codes;
+  int64_t row_bytes;
+  const float* scales;
+  int64_t block;
+
+  int64_t blocks(int64_t depth) const { return (depth + block - 1) / block; }
+};
+
+// The k largest and the k smallest of queries times rows, or only one of them: values and indices
+// (ends, count, k), the largest in falling, the smallest in rising order; equal ones by index.
+struct Scan {
+  Operand queries;             // (count, depth), for dense rows
+  const int16_t* codes;        // (count, depth), contiguous, for coded ones: value code * scale
+  const float* query_scales;   // (count,)
+  StoredRows rows;
+  int64_t count, size, depth, k;
+  bool largest, smallest;
+  float* values;
   int64_t* indices;
 };
 
 struct InfluenceScanKernels {
-  void (*scan)(const QuantisedScan&, const Pool&);
+  void (*scan)(const Scan&, const Pool&);
 };
 
 }  // namespace uk

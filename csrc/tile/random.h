@@ -10,10 +10,19 @@ inline Counters random_words(Long rows, Long index, Purpose purpose, uint64_t se
   return philox({{rows, index, index >> 32, Long{} + uint64_t(purpose)}}, seed);
 }
 
+struct LaneNumbers {
+  uint64_t lane[kLongs];
+  constexpr LaneNumbers() : lane() {
+    for (int i = 0; i < kLongs; ++i) lane[i] = uint64_t(i);
+  }
+};
+
+// from, from + step, ... in the lanes.
 inline Long first_lanes(int64_t from, int step) {
+  static constexpr LaneNumbers numbers;
   Long lane;
-  for (int i = 0; i < kLongs; ++i) lane[i] = uint64_t(from) + uint64_t(i) * step;
-  return lane;
+  std::memcpy(&lane, numbers.lane, sizeof lane);
+  return lane * uint64_t(step) + uint64_t(from);
 }
 
 using Word32 = typename VectorOf<uint32_t, UK_BITS / 32>::type;

@@ -15,7 +15,7 @@ struct Walsh {
           if (!(i & h)) butterfly(z[i], z[i + h]);
       return;
     }
-    for (int64_t i = 0; i < n; i += W) store(z + i, within(load(z + i)));
+    for (int64_t i = 0; i < n; i += W) store(z + i, within<1>(load(z + i)));
     int64_t h = W;
     for (; 8 * h <= n; h *= 8)
       for (int64_t i = 0; i < n; i += 8 * h)
@@ -51,15 +51,23 @@ struct Walsh {
   }
 
   // The levels inside a vector: every lane adds its partner, those of the upper half negated.
-  static Vec<T> within(Vec<T> v) {
-#pragma GCC unroll 4
-    for (int h = 1; h < W; h *= 2) {
-      Mask partner, sign;
+  struct Level {
+    Bits partner[W], sign[W];
+    constexpr explicit Level(int h) : partner(), sign() {
       for (int i = 0; i < W; ++i) {
         partner[i] = Bits(i ^ h);
         sign[i] = i & h ? Bits(1) << (8 * sizeof(T) - 1) : Bits(0);
       }
-      v = __builtin_shuffle(v, partner) + (Vec<T>)((Mask)v ^ sign);
+    }
+  };
+  template <int kHalf>
+  static Vec<T> within(Vec<T> v) {
+    if constexpr (kHalf < W) {
+      static constexpr Level level(kHalf);
+      Mask partner, sign;
+      std::memcpy(&partner, level.partner, sizeof partner);
+      std::memcpy(&sign, level.sign, sizeof sign);
+      return within<2 * kHalf>(__builtin_shuffle(v, partner) + (Vec<T>)((Mask)v ^ sign));
     }
     return v;
   }

@@ -1,6 +1,31 @@
-"""Data attribution: random projections of gradients and search in a store of them."""
+"""Data attribution: projections of gradients, a store of them and its search, products with inverse curvature."""
 
+from unlearn_kernels.influence.datainf import datainf, datainf_damping, squared_norms
+from unlearn_kernels.influence.ekfac import EKFAC, covariance, squared_gradients, squared_rows
 from unlearn_kernels.influence.projection import Projection, RunningProjection
 from unlearn_kernels.influence.search import TopK, topk
+from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
+from unlearn_kernels.influence.woodbury import Solution, Woodbury, cholesky_update, woodbury_solve
 
-__all__ = ["Projection", "RunningProjection", "TopK", "topk"]
+__all__ = [
+    "EKFAC",
+    "Eigenpairs",
+    "Iterated",
+    "Projection",
+    "RunningProjection",
+    "Solution",
+    "TopK",
+    "Woodbury",
+    "arnoldi",
+    "cg",
+    "cholesky_update",
+    "covariance",
+    "datainf",
+    "datainf_damping",
+    "lissa",
+    "squared_gradients",
+    "squared_norms",
+    "squared_rows",
+    "topk",
+    "woodbury_solve",
+]
