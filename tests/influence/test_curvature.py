@@ -15,7 +15,9 @@ def test_covariance(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x = randn(*shape, dtype=dtype)
     c = covariance(x)
     wide = x.to(c.dtype)
-    assert_as_exact_as("c", c, x.double().T @ x.double(), wide.T @ wide, floor=2e-6 if c.dtype != torch.float64 else 1e-14)
+    assert_as_exact_as(
+        "c", c, x.double().T @ x.double(), wide.T @ wide, floor=2e-6 if c.dtype != torch.float64 else 1e-14
+    )
     assert torch.equal(c, c.T)
     assert torch.equal(covariance(x.T.contiguous().T), c)
     assert torch.equal(covariance(x.view(1, *shape)), c)
@@ -24,9 +26,7 @@ def test_covariance(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("batch", "tokens", "d", "p"), [(1, 1, 1, 1), (5, 3, 17, 9), (3, 300, 33, 210)])
-def test_squared_gradients(
-    dtype: torch.dtype, bias: bool, batch: int, tokens: int, d: int, p: int
-) -> None:
+def test_squared_gradients(dtype: torch.dtype, bias: bool, batch: int, tokens: int, d: int, p: int) -> None:
     a, g = randn(batch, tokens, d, dtype=dtype), randn(batch, tokens, p, dtype=dtype, seed=1)
 
     def plain(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,10 @@ def test_datainf_errors() -> None:
     for call, message in (
         (lambda: datainf(rows[1:], queries), "as many layers, got 3 and 4"),
         (lambda: datainf(rows, queries, damping=torch.zeros(4)), "damping must be positive"),
-        (lambda: datainf(rows, queries, norms=torch.ones(3, 25)), r"norms must have shape \(4, 25\), got \(3, 25\)"),
+        (
+            lambda: datainf(rows, queries, norms=torch.ones(3, 25)),
+            r"norms must have shape \(4, 25\), got \(3, 25\)",
+        ),
         (lambda: datainf([rows[0], rows[1][1:]], queries[:2]), "layer 1 must have rows"),
         (lambda: datainf([rows[0][:0]], queries[:1]), "rows must not be empty"),
     ):
@@ -212,7 +215,9 @@ def test_arnoldi() -> None:
     assert relative_error(values, torch.linalg.eigvalsh(H).flip(0)) < 1e-8
     assert residual.max() < 1e-8
     assert relative_error(vectors @ vectors.T, torch.eye(30)) < 1e-8
-    assert relative_error(pairs.solve(v, damping=0.1), torch.linalg.solve(H + 0.1 * torch.eye(30), v.T).T) < 1e-6
+    assert (
+        relative_error(pairs.solve(v, damping=0.1), torch.linalg.solve(H + 0.1 * torch.eye(30), v.T).T) < 1e-6
+    )
     few = arnoldi(lambda x: x @ H, v[0], steps=20, top=3)
     assert relative_error(few.values, values[:3]) < 1e-4
     low = torch.diag(torch.tensor([3.0, -5.0, 0.0, 0.0]))

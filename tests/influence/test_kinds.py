@@ -26,7 +26,9 @@ def make(kind: str, dim: int = 5 * 1237, k: int = 64, seed: int = SEED) -> Proje
     return Projection(dim, k, kind, seed, **more[kind])
 
 
-KINDS = pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt", "srht", "two_sided", "tensorsketch"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["rademacher", "gaussian", "sjlt", "srht", "two_sided", "tensorsketch"]
+)
 
 
 def dense(p: Projection) -> torch.Tensor:
@@ -170,7 +172,10 @@ def test_sjlt_columns() -> None:
         for term in range(terms):
             share = P[term * k // terms : (term + 1) * k // terms]
             assert torch.equal(share.count_nonzero(0), torch.ones(400, dtype=torch.int64))
-        assert relative_error(P.abs().max(0).values, torch.full((400,), terms**-0.5, dtype=torch.float64)) < 1e-12
+        assert (
+            relative_error(P.abs().max(0).values, torch.full((400,), terms**-0.5, dtype=torch.float64))
+            < 1e-12
+        )
     counts = Projection(100_000, 16, "sjlt", 1)(torch.ones(1, 100_000))
     assert counts.abs().max() < 5 * math.sqrt(100_000 / 16)
 
@@ -198,7 +203,9 @@ def test_tensor_sketch_from_factors(dtype: torch.dtype, bias: bool) -> None:
         p = Projection(11 * (37 + bias), k, "tensorsketch", 9, shape=(11, 37 + bias))
         expected = p(grads.flatten(1))
         eager = sketches.tensor_sketch(a, g, bias, k, 9)
-        assert_as_exact_as("y", op(a, g, bias, k, 9), expected, eager, floor=2e-6 if dtype != torch.float64 else 1e-14)
+        assert_as_exact_as(
+            "y", op(a, g, bias, k, 9), expected, eager, floor=2e-6 if dtype != torch.float64 else 1e-14
+        )
     strided = op(a.mT.contiguous().mT, g[:, :, :].transpose(0, 1).contiguous().transpose(0, 1), bias, 64, 9)
     assert relative_error(strided, op(a, g, bias, 64, 9)) < 1e-6
     assert torch.equal(op(a[:, :0], g[:, :0], bias, 64, 9), torch.zeros_like(strided))

@@ -5,15 +5,20 @@ from unlearn_kernels.influence.ekfac import EKFAC, covariance, squared_gradients
 from unlearn_kernels.influence.projection import Projection, RunningProjection
 from unlearn_kernels.influence.search import TopK, topk
 from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
+from unlearn_kernels.influence.store import Ends, Found, GradientStore, StoreError, merge
 from unlearn_kernels.influence.woodbury import Solution, Woodbury, cholesky_update, woodbury_solve
 
 __all__ = [
     "EKFAC",
     "Eigenpairs",
+    "Ends",
+    "Found",
+    "GradientStore",
     "Iterated",
     "Projection",
     "RunningProjection",
     "Solution",
+    "StoreError",
     "TopK",
     "Woodbury",
     "arnoldi",
@@ -23,6 +28,7 @@ __all__ = [
     "datainf",
     "datainf_damping",
     "lissa",
+    "merge",
     "squared_gradients",
     "squared_norms",
     "squared_rows",

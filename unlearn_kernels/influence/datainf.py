@@ -86,6 +86,8 @@ def _check(rows: Sequence[Tensor], queries: Sequence[Tensor]) -> None:
                 f"got {tuple(g.shape)} and {tuple(v.shape)}"
             )
         if len(v) != len(queries[0]) or not (g.is_floating_point() and v.is_floating_point()):
-            raise ValueError(f"layer {layer} must have {len(queries[0])} floating-point queries, got {len(v)}")
+            raise ValueError(
+                f"layer {layer} must have {len(queries[0])} floating-point queries, got {len(v)}"
+            )
     if len(rows[0]) == 0:
         raise ValueError("rows must not be empty")

@@ -102,7 +102,9 @@ class Projection:
     def _srht(self) -> Kind:
         bits = (self.dim - 1).bit_length()
         if self.k > 1 << bits:
-            raise ValueError(f"k must be at most {1 << bits} for kind 'srht' and dim {self.dim}, got {self.k}")
+            raise ValueError(
+                f"k must be at most {1 << bits} for kind 'srht' and dim {self.dim}, got {self.k}"
+            )
         return Hadamard(self.k, bits, self.seed)
 
     def _of_matrix(self) -> Kind:

@@ -34,9 +34,7 @@ def _relative(residual: Tensor, v: Tensor) -> Tensor:
     return torch.where(scale > 0, _norms(residual) / scale, _norms(residual))
 
 
-def cg(
-    hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_iter: int = 100
-) -> Iterated:
+def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_iter: int = 100) -> Iterated:
     r"""Solve `(H + \lambda I) x = v` by conjugate gradients, Q right-hand sides side by side.
 
     Every side has steps of its own and stands still once its residual is below `tol`; a call of `hvp` serves those that
@@ -130,7 +128,9 @@ def lissa(
         step = v[active] - (hvp(current) + damping * current) / scale
         size = _norms(step)
         if not bool((size <= 10 * _norms(v[active])).all()):
-            raise ArithmeticError(f"lissa diverges at scale {scale}: it must be above half the largest eigenvalue")
+            raise ArithmeticError(
+                f"lissa diverges at scale {scale}: it must be above half the largest eigenvalue"
+            )
         y[active] = current + step
         iterations[active] += 1
         active = active[size > goal[active]]

@@ -39,7 +39,9 @@ class Woodbury:
 
     def __init__(self, rows: Tensor, damping: float) -> None:
         if rows.dim() != 2 or not rows.is_floating_point() or len(rows) == 0:
-            raise ValueError(f"rows must be (n, D) with n > 0, floating-point, got {rows.dtype} {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be (n, D) with n > 0, floating-point, got {rows.dtype} {tuple(rows.shape)}"
+            )
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}")
         self._rows, self.damping = rows.detach(), float(damping)

@@ -10,7 +10,9 @@ from unlearn_kernels.reference.dtypes import accumulation_dtype
 _AT_ONCE = 1 << 22  # elements of gradients
 
 
-def project_factors(a: Tensor, g: Tensor, projection: Projection, bias: bool, backend: Backend | None) -> Tensor:
+def project_factors(
+    a: Tensor, g: Tensor, projection: Projection, bias: bool, backend: Backend | None
+) -> Tensor:
     """(B, k) projections of `sum_t g_t a_t^T`, flattened, then the bias's; a (B, T, d), g (B, T, p)."""
     if projection.kind == "tensorsketch" and not bias and projection.shape == (g.shape[2], a.shape[2]):
         call = select("tensor_sketch", backend, (a, g))

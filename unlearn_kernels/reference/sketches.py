@@ -75,7 +75,9 @@ def dense_adjoint(y: Tensor, dim: int, seed: int, offset: int, normal: bool) -> 
     return out / max(y.shape[1], 1) ** 0.5
 
 
-def _targets(row: int, cols: Tensor, purpose: int, first: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+def _targets(
+    row: int, cols: Tensor, purpose: int, first: int, width: int, seed: int
+) -> tuple[Tensor, Tensor]:
     blocks, where = torch.unique(cols // TERMS_A_CALL, return_inverse=True)
     words = torch.stack(_words(torch.full_like(blocks, row), blocks, purpose, seed), dim=-1)
     word = words[where, cols % TERMS_A_CALL]
