@@ -243,7 +243,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         manifest.write_text(text)
         with pytest.raises(StoreError, match=message):
             GradientStore.open(folder)
-    with pytest.raises(StoreError, match="is no gradient store: it has no manifest.json"):
+    with pytest.raises(StoreError, match=r"is no gradient store: it has no manifest\.json"):
         GradientStore.open(tmp_path)
 
 

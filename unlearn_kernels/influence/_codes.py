@@ -54,10 +54,8 @@ def encode(x: Tensor, name: str, block: int, generator: torch.Generator | None =
     # A subnormal scale has no reciprocal: such a block is zero.
     scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
     ratio = torch.where(scales[..., None] > 0, parts / scales[..., None], 0.0)
-    if generator is None:
-        codes = ratio.round()
-    else:
-        codes = (ratio + torch.rand(ratio.shape, generator=generator)).floor()
+    dither = 0.5 if generator is None else torch.rand(ratio.shape, generator=generator)
+    codes = (ratio + dither).floor()
     codes = codes.clamp(-levels, levels).flatten(1)[:, : x.shape[1]] + (levels + 1)
     return Coded(_packed(codes.to(torch.uint8), name), scales.contiguous())
 

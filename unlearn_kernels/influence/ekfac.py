@@ -93,7 +93,7 @@ def _folded(A: Tensor, G: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 class EKFAC:
     r"""The Fisher matrix of one linear layer as `(Q_G \otimes Q_A) \Lambda (Q_G \otimes Q_A)^T`.
 
-    Three steps over the data: `add_covariance` for every batch, `fit_basis`, `add_lambda` for every batch; then `solve`.
+    `add_covariance` for every batch, `fit_basis`, `add_lambda` for every batch, then `solve`.
     Both sums are divided by the number of samples, as Kronfluence does with one loss a sample.
 
     Args:

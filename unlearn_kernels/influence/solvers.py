@@ -164,8 +164,8 @@ class Eigenpairs(NamedTuple):
 def arnoldi(hvp: Product, start: Tensor, *, steps: int, top: int) -> Eigenpairs:
     r"""Find eigenpairs of a symmetric H of largest magnitude from a Krylov space.
 
-    Twice orthogonalised in the type of `start`, products in float64 for float64; the projected matrix is symmetrised and
-    its eigenvectors taken in float64.
+    Twice orthogonalised in the type of `start`; the projected matrix is symmetrised and its eigenvectors taken in
+    float64.
 
     Args:
         hvp: (1, D) to (1, D).

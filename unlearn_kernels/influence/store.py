@@ -281,7 +281,7 @@ class GradientStore:
         return self._gathered([shard.ids[shard.kept] for shard in self._shards], torch.int64)
 
     def sqnorms(self) -> Tensor:
-        """Return squared norms of the rows as they were given, (N,) float64: without a preconditioner, self-influence."""
+        """Return squared norms of the rows as they were given, (N,) float64."""
         return self._gathered([shard.sqnorms[shard.kept] for shard in self._shards], torch.float64)
 
     @staticmethod
@@ -360,8 +360,8 @@ class GradientStore:
             queries: (Q, width).
             k: how many, at most N.
             largest: the largest scores, or the smallest.
-            preconditioner: `P`: a matrix, (width, width), that queries are multiplied by from the right, or a function of
-                them. Rows are left as they are.
+            preconditioner: `P`: a matrix, (width, width), that queries are multiplied by from the right, or a
+                function of them. Rows are left as they are.
             progress: called with rows scanned and rows in all.
 
         Returns:

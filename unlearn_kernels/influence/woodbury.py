@@ -1,4 +1,4 @@
-r"""Products with `(\lambda I + G^T G / n)^{-1}`, G the rows of a store, and what is left of it when rows are removed."""
+r"""Products with `(\lambda I + G^T G / n)^{-1}`, G the rows of a store, also when some are removed."""
 
 from typing import Final, NamedTuple
 

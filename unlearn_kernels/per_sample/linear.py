@@ -285,8 +285,8 @@ def project(
         ValueError: if shapes, devices or dtypes do not fit.
 
     Scratch: two-sided, at most 1.2 MB a thread, `4 * (192 * (k_o + k_i) + k_o k_i)` bytes and panels for k up to
-    256. `tensorsketch`: `4 * (3 k + max(d, p)) + 8 k` bytes a thread, whatever p d. Kinds other than that and signs: the
-    gradients of some outputs at a time, 16 MB. Signs: `4 * min(B, 32) * (max(6 d, 32768) + 2048)` bytes of coordinates and `12 * min(B, 32) * k` of sums.
+    256. Signs: `4 * min(B, 32) * (max(6 d, 32768) + 2048)` bytes of coordinates and `12 * min(B, 32) * k` of sums.
+    `tensorsketch`: `4 * (3 k + max(d, p)) + 8 k` bytes a thread. Other kinds: 16 MB of gradients.
 
     Sources: Choe et al. 2024 (arXiv 2405.13954) for the two-sided form; `influence.Projection` for signs.
     """
