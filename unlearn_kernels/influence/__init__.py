@@ -6,6 +6,16 @@ from unlearn_kernels.influence.projection import Projection, RunningProjection
 from unlearn_kernels.influence.search import TopK, topk
 from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
 from unlearn_kernels.influence.store import Ends, Found, GradientStore, StoreError, merge
+from unlearn_kernels.influence.update import (
+    Update,
+    datainf_inverse,
+    diagonal,
+    ekfac_inverse,
+    fisher,
+    forget_gradient,
+    influence_update_,
+    newton,
+)
 from unlearn_kernels.influence.woodbury import Solution, Woodbury, cholesky_update, woodbury_solve
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "Solution",
     "StoreError",
     "TopK",
+    "Update",
     "Woodbury",
     "arnoldi",
     "cg",
@@ -27,8 +38,15 @@ __all__ = [
     "covariance",
     "datainf",
     "datainf_damping",
+    "datainf_inverse",
+    "diagonal",
+    "ekfac_inverse",
+    "fisher",
+    "forget_gradient",
+    "influence_update_",
     "lissa",
     "merge",
+    "newton",
     "squared_gradients",
     "squared_norms",
     "squared_rows",

@@ -18,7 +18,7 @@ from unlearn_kernels.influence._codes import Coded
 FORMAT: Final = "unlearn_kernels.gradient_store"
 VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
-_TYPES: Final = {
+_TYPES: Final[dict[str, tuple[Any, torch.dtype]]] = {
     "float32": (np.dtype("<f4"), torch.float32),
     "bfloat16": (np.dtype("<i2"), torch.bfloat16),
     "int8": (np.dtype("u1"), torch.uint8),
@@ -180,7 +180,7 @@ class Shard:
         if path.stat().st_size != size:
             raise StoreError(f"{path} is truncated or foreign: {path.stat().st_size} bytes, {size} expected")
 
-    def _array(self, name: str, kind: np.dtype, shape: tuple[int, ...]) -> Tensor:
+    def _array(self, name: str, kind: Any, shape: tuple[int, ...]) -> Tensor:
         size = int(np.prod(shape)) * kind.itemsize
         self._check_size(name, size)
         if size == 0:

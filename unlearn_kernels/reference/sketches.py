@@ -128,7 +128,7 @@ def walsh(x: Tensor) -> Tensor:
     """Return `sum_j (-1)^popcount(i & j) x_j` along the last dimension, a power of two."""
     shape, h = x.shape, 1
     while h < shape[-1]:
-        a, b = x.reshape(*shape[:-1], -1, 2, h).unbind(-2)
+        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * h), 2, h).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2).reshape(shape)
         h *= 2
     return x
