@@ -97,7 +97,10 @@ def test_cg_takes_the_same_step(audit: tuple) -> None:
 
 
 def test_approximations_beat_doing_nothing_and_the_flawed_recursion(audit: tuple) -> None:
-    """The Fisher matrix stands for the Hessian at an optimum: a good step, though not Newton's."""
+    """The Fisher matrix stands for the Hessian at an optimum: a good step, though not Newton's.
+
+    DataInf's average of inverses is none at damping far below the gradients' norms, and its residual says so.
+    """
     model, _, retain, w, exact, v = audit
     rows = model.gradients(w, retain) - DECAY * w
     n = len(retain)
@@ -106,15 +109,16 @@ def test_approximations_beat_doing_nothing_and_the_flawed_recursion(audit: tuple
         "diagonal": diagonal(squared_rows(rows) / n, DECAY),
         "datainf": datainf_inverse([rows], torch.full((1,), DECAY, dtype=torch.float64)),
     }
-    errors = {}
+    errors, residuals = {}, {}
     for name, inverse in curvatures.items():
         moved = w.clone()
-        update = influence_update_([moved], v / n, inverse)
+        residuals[name] = influence_update_([moved], v / n, inverse).residual
         errors[name] = error(moved, exact, w)
-        assert (update.residual < 1e-10) == (name != "datainf")
+    assert max(residuals["fisher"], residuals["diagonal"]) < 1e-10
     baseline = w + flawed(rows, v / n)
     assert errors["fisher"] < errors["diagonal"] < 1
-    assert errors["datainf"] < 1
+    assert residuals["datainf"] > 1
+    assert errors["datainf"] > 1
     assert errors["fisher"] < error(baseline, exact, w)
 
 

@@ -10,6 +10,7 @@ FORMATS: Final = ("float32", "bfloat16", "int8", "int4")
 _LEVELS: Final = {"int8": 127, "int4": 7}
 _FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUERY_LEVELS: Final = 8191
+_AT_ONCE: Final = 1 << 18
 
 
 class Coded(NamedTuple):
@@ -45,19 +46,25 @@ def encode(x: Tensor, name: str, block: int, generator: torch.Generator | None =
     """
     if not is_coded(name):
         return Coded(x.to(_FLOATS[name]).contiguous(), x.new_zeros(len(x), 0, dtype=torch.float32))
-    wide = x.float()
-    if not bool(wide.isfinite().all()):
-        raise ValueError(f"rows must be finite to be stored as {name}")
+    # Some rows at a time, so that what lies between stays in cache.
+    step = max(1, _AT_ONCE // max(x.shape[1], 1))
+    parts = [_encoded(part, name, block, generator) for part in x.split(step)]
+    return Coded(torch.cat([c.rows for c in parts]), torch.cat([c.scales for c in parts]))
+
+
+def _encoded(x: Tensor, name: str, block: int, generator: torch.Generator | None) -> Coded:
     levels, count = _LEVELS[name], blocks(name, x.shape[1], block)
-    parts = torch.nn.functional.pad(wide, (0, count * block - x.shape[1])).unflatten(1, (count, block))
-    scales = parts.abs().amax(2) / levels
+    wide = torch.nn.functional.pad(x.float(), (0, count * block - x.shape[1])).unflatten(1, (count, block))
+    scales = wide.abs().amax(2) / levels
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"rows must be finite to be stored as {name}")
     # A subnormal scale has no reciprocal: such a block is zero.
-    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
-    ratio = torch.where(scales[..., None] > 0, parts / scales[..., None], 0.0)
-    dither = 0.5 if generator is None else torch.rand(ratio.shape, generator=generator)
-    codes = (ratio + dither).floor()
-    codes = codes.clamp(-levels, levels).flatten(1)[:, : x.shape[1]] + (levels + 1)
-    return Coded(_packed(codes.to(torch.uint8), name), scales.contiguous())
+    scales[scales < torch.finfo(torch.float32).tiny] = 0
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    dither = 0.5 if generator is None else torch.rand(wide.shape, generator=generator)
+    # The conversion to bytes cuts off what is behind the point.
+    codes = (wide * inverse[..., None]).add_(dither).add_(levels + 1).clamp_(1, 2 * levels + 1)
+    return Coded(_packed(codes.to(torch.uint8).flatten(1)[:, : x.shape[1]], name), scales.contiguous())
 
 
 def _packed(codes: Tensor, name: str) -> Tensor:

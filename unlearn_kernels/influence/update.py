@@ -171,8 +171,8 @@ def influence_update_(
 ) -> Update:
     r"""Add `\alpha H^{-1} v` to parameters in place: the unlearning step of influence.
 
-    With `v = \sum_{i \in S} \nabla \ell_i(\theta)` and `H` the Hessian of the loss over what remains, `\alpha = 1` is the
-    Newton step of certified removal; with IU's `v` (`forget_gradient`) and a Fisher matrix it is IU.
+    With `v = \sum_{i \in S} \nabla \ell_i(\theta)` and `H` the Hessian of the loss over what remains, `\alpha = 1` is
+    the Newton step of certified removal; with IU's `v` (`forget_gradient`) and a Fisher matrix it is IU.
 
     Args:
         parameters: the tensors that are moved, any shapes and floating-point dtypes.
