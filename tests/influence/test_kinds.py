@@ -32,7 +32,11 @@ KINDS = pytest.mark.parametrize(
 
 
 def dense(p: Projection) -> torch.Tensor:
-    """`P` (k, dim) by the reference's projection of the identity."""
+    """`P` (k, dim) by the reference's projection of the identity; of `srht` by its definition."""
+    if p.kind == "srht":
+        rows, cols = sketches.hadamard_rows(p.k, (p.dim - 1).bit_length(), p.seed), torch.arange(p.dim)
+        ones = torch.tensor([[(int(r) & c).bit_count() % 2 for c in range(p.dim)] for r in rows])
+        return (1 - 2 * ones).double() * sketches.diagonal_signs(cols, p.seed) / math.sqrt(p.k)
     parts = []
     for begin in range(0, p.dim, 2000):
         size = min(2000, p.dim - begin)

@@ -100,9 +100,13 @@ class Hadamard:
     seed: int
     align: ClassVar[int] = sketches.HADAMARD_BLOCK
 
+    @cached_property
+    def _rows(self) -> Tensor:
+        return sketches.hadamard_rows(self.k, self.bits, self.seed)
+
     def rows(self, device: torch.device) -> Tensor:
         """The rows that are taken."""
-        return sketches.hadamard_rows(self.k, self.bits, self.seed, device)
+        return self._rows.to(device)
 
     def project(self, g: Tensor, offset: int, backend: Backend | None) -> Tensor:
         """g (B, n) -> (B, k)."""
