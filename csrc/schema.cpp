@@ -80,6 +80,24 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
 
   // blocks: which 128 coordinates each 128 columns of g are
   m.def("rademacher_project(Tensor g, int k, int seed, Tensor? blocks=None) -> Tensor");
+  // The first column of g, or of the result, is coordinate `offset` of the whole gradient.
+  m.def("normal_project(Tensor g, int k, int seed, int offset) -> Tensor");
+  m.def("dense_adjoint(Tensor y, int dim, int seed, int offset, bool normal) -> Tensor");
+  // inner: columns of a matrix gradient whose two sides are hashed apart, or 0
+  m.def("sparse_project(Tensor g, int k, int terms, int seed, int offset, int inner) -> Tensor");
+  m.def("hadamard_project(Tensor g, Tensor rows, int seed, int offset) -> Tensor");
+  m.def("tensor_sketch(Tensor a, Tensor g, bool bias, int k, int seed) -> Tensor");
+  m.def("squared_gradients(Tensor a, Tensor g) -> Tensor");
+  m.def("squared_rows(Tensor x) -> Tensor");
+  m.def("covariance(Tensor x) -> Tensor");
+  m.def("datainf_scores(Tensor[] rows, Tensor[] queries, Tensor norms, Tensor damping) -> Tensor");
+  // Returns the upper factor, and the number of its pivots that are positive.
+  m.def("cholesky_update(Tensor factor, Tensor x, bool downdate) -> (Tensor, int)");
+  // ends: 1 the largest, 2 the smallest, 3 both. Values and indices (ends, Q, k).
+  m.def("scan_rows(Tensor queries, Tensor rows, int k, int ends) -> (Tensor, Tensor)");
+  m.def(
+      "scan_codes(Tensor codes, Tensor query_scales, Tensor rows, Tensor scales, int block, int k, bool nibbles, "
+      "int ends) -> (Tensor, Tensor)");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");
 
   m.def("linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index) -> (Tensor, Tensor)");

@@ -160,6 +160,36 @@ def _rademacher_project(dtype: torch.dtype, device: str) -> Arguments:
     return randn(3, 70, dtype=dtype, device=device), 40, 7
 
 
+def _normal_project(dtype: torch.dtype, device: str) -> Arguments:
+    return randn(3, 70, dtype=dtype, device=device), 40, 7, 16
+
+
+def _dense_adjoint(dtype: torch.dtype, device: str) -> Arguments:
+    return randn(3, 40, dtype=dtype, device=device), 70, 7, 128, True
+
+
+def _sparse_project(dtype: torch.dtype, device: str) -> Arguments:
+    return randn(3, 70, dtype=dtype, device=device), 10, 3, 7, 8, 0
+
+
+def _hadamard_project(dtype: torch.dtype, device: str) -> Arguments:
+    rows = torch.tensor([5, 4097, 0, 70, 8191], device=device)
+    return randn(3, 70, dtype=dtype, device=device), rows, 7, 4096
+
+
+def _tensor_sketch(dtype: torch.dtype, device: str) -> Arguments:
+    a, g, *_ = _linear_sqnorms(dtype, device)
+    return a, g, True, 16, 7
+
+
+def _squared_gradients(dtype: torch.dtype, device: str) -> Arguments:
+    return _linear_sqnorms(dtype, device)[:2]
+
+
+def _matrix(dtype: torch.dtype, device: str) -> Arguments:
+    return (randn(9, 7, dtype=dtype, device=device),)
+
+
 def _topk(dtype: torch.dtype, device: str) -> Arguments:
     return randn(2, 9, dtype=dtype, device=device), randn(30, 9, dtype=dtype, seed=1, device=device), 4, True
 
@@ -226,6 +256,14 @@ SAMPLES: Final[dict[str, Maker]] = {
     "decompress": _compressed,
     "project_conflict_compressed": _project_conflict_compressed,
     "rademacher_project": _rademacher_project,
+    "normal_project": _normal_project,
+    "dense_adjoint": _dense_adjoint,
+    "sparse_project": _sparse_project,
+    "hadamard_project": _hadamard_project,
+    "tensor_sketch": _tensor_sketch,
+    "squared_gradients": _squared_gradients,
+    "squared_rows": _matrix,
+    "covariance": _matrix,
     "topk": _topk,
     "linear_nll": _linear_nll,
 }

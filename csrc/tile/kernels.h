@@ -27,6 +27,10 @@
 
 namespace uk {
 
+struct InfluenceSketchKernels;
+struct InfluenceCurvatureKernels;
+struct InfluenceScanKernels;
+
 // Every stem: the kernels of <stem>.h, and their name here. X(..., type, name).
 #define UK_STEMS(X, ...)                                 \
   X(__VA_ARGS__, Dense, dense)                           \
@@ -45,6 +49,9 @@ namespace uk {
   X(__VA_ARGS__, SurgeryMetric, surgery_metric)          \
   X(__VA_ARGS__, SurgeryElements, surgery_elements)      \
   X(__VA_ARGS__, Influence, influence)                   \
+  X(__VA_ARGS__, InfluenceSketch, influence_sketch)      \
+  X(__VA_ARGS__, InfluenceCurvature, influence_curvature) \
+  X(__VA_ARGS__, InfluenceScan, influence_scan)          \
   X(__VA_ARGS__, TokenLoss, token_loss)
 
 struct Kernels {

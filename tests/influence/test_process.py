@@ -9,7 +9,8 @@ import pytest
 
 HASHES = """
     import hashlib, torch
-    from unlearn_kernels.influence import Projection, topk
+    from unlearn_kernels.influence import Projection, covariance, squared_gradients, squared_rows, topk
+    from unlearn_kernels.per_sample import linear
     from unlearn_kernels.testing import randn
 
     def show(x):
@@ -21,6 +22,25 @@ HASHES = """
     queries, rows = torch.arange(-30.0, 30).reshape(6, 10), torch.arange(3000.0).reshape(300, 10) % 7
     for x in (*topk(queries, rows, 20), *topk(queries.double(), rows.double(), 20, largest=False)):
         show(x)
+    whole = torch.arange(9 * 2500.0).reshape(9, 2500) % 11 - 5
+    for x in (whole, whole.double()):
+        for p in (
+            Projection(2500, 64, "sjlt", 5),
+            Projection(2500, 64, "srht", 5),
+            Projection(2500, 64, "tensorsketch", 5, shape=(50, 50)),
+        ):
+            show(p(x))
+        show(Projection(40, 64, "gaussian", 5)(torch.eye(40, dtype=x.dtype)))
+        show(Projection(40, 64, "gaussian", 5).adjoint(torch.eye(64, dtype=x.dtype)))
+        a, g = x[:, :600].view(9, 20, 30), x[:, 600:1000].view(9, 20, 20)
+        show(linear.project(a, g, Projection(600, 64, "tensorsketch", 5, shape=(20, 30))))
+        for y in (squared_gradients(a, g), covariance(x), squared_rows(x)):
+            show(y)
+    codes, scales = torch.arange(5 * 300).view(5, 300) * 7919 % 16383 - 8191, torch.ones(5)
+    rows, ones = (torch.arange(200 * 300).view(200, 300) * 31 % 256).byte(), torch.ones(200, 3)
+    for nibbles in (False, True):
+        for x in torch.ops.unlearn_kernels.scan_codes(codes.short(), scales, rows, ones, 128, 20, nibbles, 3):
+            show(x)
     print(torch.ops.unlearn_kernels.isa())
 """
 

@@ -1,6 +1,55 @@
-"""Data attribution: random projections of gradients and search in a store of them."""
+"""Data attribution: projections of gradients, a store of them and its search, products with inverse curvature."""
 
-from unlearn_kernels.influence.projection import Projection
+from unlearn_kernels.influence.datainf import datainf, datainf_damping, squared_norms
+from unlearn_kernels.influence.ekfac import EKFAC, covariance, squared_gradients, squared_rows
+from unlearn_kernels.influence.projection import Projection, RunningProjection
 from unlearn_kernels.influence.search import TopK, topk
+from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
+from unlearn_kernels.influence.store import Ends, Found, GradientStore, StoreError, merge
+from unlearn_kernels.influence.update import (
+    Update,
+    datainf_inverse,
+    diagonal,
+    ekfac_inverse,
+    fisher,
+    forget_gradient,
+    influence_update_,
+    newton,
+)
+from unlearn_kernels.influence.woodbury import Solution, Woodbury, cholesky_update, woodbury_solve
 
-__all__ = ["Projection", "TopK", "topk"]
+__all__ = [
+    "EKFAC",
+    "Eigenpairs",
+    "Ends",
+    "Found",
+    "GradientStore",
+    "Iterated",
+    "Projection",
+    "RunningProjection",
+    "Solution",
+    "StoreError",
+    "TopK",
+    "Update",
+    "Woodbury",
+    "arnoldi",
+    "cg",
+    "cholesky_update",
+    "covariance",
+    "datainf",
+    "datainf_damping",
+    "datainf_inverse",
+    "diagonal",
+    "ekfac_inverse",
+    "fisher",
+    "forget_gradient",
+    "influence_update_",
+    "lissa",
+    "merge",
+    "newton",
+    "squared_gradients",
+    "squared_norms",
+    "squared_rows",
+    "topk",
+    "woodbury_solve",
+]

@@ -9,6 +9,7 @@ from unlearn_kernels._backends import Backend, select
 from unlearn_kernels.influence.projection import Projection
 from unlearn_kernels.per_sample import _costs, _linear_ops  # noqa: F401  registers the operators
 from unlearn_kernels.per_sample._checks import check_floats, check_weights, folded
+from unlearn_kernels.per_sample._factors import project_factors
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.reference.per_sample import linear as reference
@@ -285,6 +286,7 @@ def project(
 
     Scratch: two-sided, at most 1.2 MB a thread, `4 * (192 * (k_o + k_i) + k_o k_i)` bytes and panels for k up to
     256. Signs: `4 * min(B, 32) * (max(6 d, 32768) + 2048)` bytes of coordinates and `12 * min(B, 32) * k` of sums.
+    `tensorsketch`: `4 * (3 k + max(d, p)) + 8 k` bytes a thread. Other kinds: 16 MB of gradients.
 
     Sources: Choe et al. 2024 (arXiv 2405.13954) for the two-sided form; `influence.Projection` for signs.
     """
@@ -298,6 +300,8 @@ def project(
     dim = g.shape[2] * (a.shape[2] + bias)
     if projection.dim != dim:
         raise ValueError(f"projection must have dim {dim}, got {projection.dim}")
+    if projection.kind != "rademacher":
+        return project_factors(a.detach(), g.detach(), projection, bias, backend)
     call = select("linear_sketch", backend, (a, g))
     return call(a.detach(), g.detach(), bias, projection.k, projection.seed)
 

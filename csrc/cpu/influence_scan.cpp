@@ -1,0 +1,84 @@
+#include "tile/influence_scan.h"
+
+#include <tuple>
+
+#include "cpu/common.h"
+
+namespace uk {
+namespace {
+
+constexpr int64_t kMostColumns = 256;  // that share a scale: 128 * 8191 * 256 is within 31 bits
+
+Operand matrix(const Tensor& t, const char* name) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), dtype_of(t, name)};
+}
+
+std::tuple<Tensor, Tensor> run(Scan& p, const Tensor& like, int64_t ends) {
+  STD_TORCH_CHECK(1 <= ends && ends <= 3, "scan: ends must be 1, 2 or 3, got ", ends);
+  STD_TORCH_CHECK(0 <= p.k && p.k <= p.size, "scan: k must be in [0, ", p.size, "], got ", p.k);
+  p.largest = ends & 1;
+  p.smallest = ends & 2;
+  const int64_t count = p.largest + p.smallest;
+  Tensor values = torch::stable::new_empty(like, {count, p.count, p.k}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(like, {count, p.count, p.k}, ScalarType::Long);
+  p.values = static_cast<float*>(values.mutable_data_ptr());
+  p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  kernels().influence_scan.scan(p, pool_for(2.0 * double(p.count) * double(p.size) * double(p.depth)));
+  return {values, indices};
+}
+
+}  // namespace
+
+// queries (Q, D), rows (N, D), any strides, not float64.
+std::tuple<Tensor, Tensor> scan_rows(const Tensor& queries, const Tensor& rows, int64_t k, int64_t ends) {
+  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2 && queries.size(1) == rows.size(1),
+                  "scan_rows: queries (Q, D) and rows (N, D) expected");
+  STD_TORCH_CHECK(result_type(queries) == ScalarType::Float && result_type(rows) == ScalarType::Float,
+                  "scan_rows: float64 is not supported");
+  Scan p{};
+  p.queries = matrix(queries, "queries");
+  p.rows.kind = Rows::dense;
+  p.rows.dense = matrix(rows, "rows");
+  p.count = queries.size(0);
+  p.size = rows.size(0);
+  p.depth = queries.size(1);
+  p.k = k;
+  return run(p, queries, ends);
+}
+
+// codes (Q, D) int16 of at most 8191, query_scales (Q,); rows (N, bytes) uint8, scales (N, ceil(D / block)); all contiguous.
+std::tuple<Tensor, Tensor> scan_codes(const Tensor& codes, const Tensor& query_scales, const Tensor& rows,
+                                      const Tensor& scales, int64_t block, int64_t k, bool nibbles, int64_t ends) {
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Short && codes.is_contiguous(),
+                  "scan_codes: codes must be a contiguous int16 matrix");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == ScalarType::Byte && rows.is_contiguous(),
+                  "scan_codes: rows must be a contiguous uint8 matrix");
+  STD_TORCH_CHECK(0 < block && block <= kMostColumns && block % 2 == 0,
+                  "scan_codes: block must be even and at most ", kMostColumns, ", got ", block);
+  const int64_t depth = codes.size(1), blocks = (depth + block - 1) / block;
+  STD_TORCH_CHECK(rows.size(1) >= (nibbles ? (depth + 1) / 2 : depth), "scan_codes: rows have too few bytes");
+  STD_TORCH_CHECK(query_scales.scalar_type() == ScalarType::Float && query_scales.is_contiguous() &&
+                      query_scales.numel() == codes.size(0) && scales.scalar_type() == ScalarType::Float &&
+                      scales.is_contiguous() && scales.numel() == rows.size(0) * blocks,
+                  "scan_codes: query_scales and scales must be contiguous float32, one a query and ", blocks, " a row");
+  Scan p{};
+  p.codes = static_cast<const int16_t*>(codes.const_data_ptr());
+  p.query_scales = static_cast<const float*>(query_scales.const_data_ptr());
+  p.rows.kind = nibbles ? Rows::nibbles : Rows::bytes;
+  p.rows.codes = static_cast<const uint8_t*>(rows.const_data_ptr());
+  p.rows.row_bytes = rows.size(1);
+  p.rows.scales = static_cast<const float*>(scales.const_data_ptr());
+  p.rows.block = block;
+  p.count = codes.size(0);
+  p.size = rows.size(0);
+  p.depth = depth;
+  p.k = k;
+  return run(p, query_scales, ends);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(unlearn_kernels, CPU, m) {
+  m.impl("scan_rows", TORCH_BOX(&scan_rows));
+  m.impl("scan_codes", TORCH_BOX(&scan_codes));
+}
+
+}  // namespace uk

@@ -1,0 +1,76 @@
+// Walsh-Hadamard transforms, unscaled, in place: z[i] becomes sum_j (-1)^popcount(i & j) z[j].
+namespace UK_ISA {
+
+template <class T>
+struct Walsh {
+  static constexpr int W = kLanes<T>;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  typedef typename VectorOf<Bits, W>::type Mask;
+
+  // n is a power of two.
+  static void transform(T* z, int64_t n) {
+    if (n < W) {
+      for (int64_t h = 1; h < n; h *= 2)
+        for (int64_t i = 0; i < n; ++i)
+          if (!(i & h)) butterfly(z[i], z[i + h]);
+      return;
+    }
+    for (int64_t i = 0; i < n; i += W) store(z + i, within<1>(load(z + i)));
+    int64_t h = W;
+    for (; 8 * h <= n; h *= 8)
+      for (int64_t i = 0; i < n; i += 8 * h)
+        for (int64_t j = i; j < i + h; j += W) butterflies<8>(z + j, h);
+    for (; 4 * h <= n; h *= 4)
+      for (int64_t i = 0; i < n; i += 4 * h)
+        for (int64_t j = i; j < i + h; j += W) butterflies<4>(z + j, h);
+    for (; h < n; h *= 2)
+      for (int64_t i = 0; i < n; i += 2 * h)
+        for (int64_t j = i; j < i + h; j += W) butterflies<2>(z + j, h);
+  }
+
+ private:
+  template <class V>
+  static void butterfly(V& a, V& b) {
+    const V sum = a + b;
+    b = a - b;
+    a = sum;
+  }
+
+  template <int R>
+  static void butterflies(T* z, int64_t h) {
+    Vec<T> x[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) x[r] = load(z + r * h);
+#pragma GCC unroll 3
+    for (int s = 1; s < R; s *= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        if (!(r & s)) butterfly(x[r], x[r + s]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(z + r * h, x[r]);
+  }
+
+  // The levels inside a vector: every lane adds its partner, those of the upper half negated.
+  struct Level {
+    Bits partner[W], sign[W];
+    constexpr explicit Level(int h) : partner(), sign() {
+      for (int i = 0; i < W; ++i) {
+        partner[i] = Bits(i ^ h);
+        sign[i] = i & h ? Bits(1) << (8 * sizeof(T) - 1) : Bits(0);
+      }
+    }
+  };
+  template <int kHalf>
+  static Vec<T> within(Vec<T> v) {
+    if constexpr (kHalf < W) {
+      static constexpr Level level(kHalf);
+      Mask partner, sign;
+      std::memcpy(&partner, level.partner, sizeof partner);
+      std::memcpy(&sign, level.sign, sizeof sign);
+      return within<2 * kHalf>(__builtin_shuffle(v, partner) + (Vec<T>)((Mask)v ^ sign));
+    }
+    return v;
+  }
+};
+
+}  // namespace UK_ISA

@@ -1,0 +1,268 @@
+"""The store against what was put into it: every format, deletion, damage, a writer that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from unlearn_kernels.influence import GradientStore, StoreError, merge
+from unlearn_kernels.influence._codes import decode, encode
+from unlearn_kernels.testing import at_threads, randn, relative_error
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+ALL = pytest.mark.parametrize("dtype", FORMATS)
+
+
+def filled(path: Path, dtype: str, rows: torch.Tensor, parts: int = 3, **more) -> GradientStore:
+    store = GradientStore.create(path / "store", rows.shape[1], dtype, **more)
+    for part in rows.tensor_split(parts):
+        store.append(part)
+        store.flush()
+    return store
+
+
+def stored(store: GradientStore) -> torch.Tensor:
+    return torch.cat([rows for _, rows in store.blocks(100)])
+
+
+@ALL
+@pytest.mark.parametrize("width", [1, 7, 128, 301])
+def test_rows_come_back(tmp_path: Path, dtype: str, width: int) -> None:
+    rows = randn(250, width)
+    store = filled(tmp_path, dtype, rows)
+    error = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}[dtype]
+    back = stored(GradientStore.open(tmp_path / "store"))
+    assert (back - rows).abs().max() <= 1.0001 * error * rows.abs().max()
+    assert relative_error(store.sqnorms(), rows.double().square().sum(1)) < 1e-12
+    assert torch.equal(store.ids(), torch.arange(250))
+    store.verify()
+
+
+@ALL
+@pytest.mark.parametrize(("count", "width", "k"), [(1, 300, 3), (7, 33, 300), (200, 128, 10), (5, 1, 300)])
+def test_topk_is_that_of_the_decoded_rows(tmp_path: Path, dtype: str, count: int, width: int, k: int) -> None:
+    store = filled(tmp_path, dtype, randn(300, width), block=32)
+    queries = randn(count, width, seed=1)
+    largest, smallest = store.ends(queries, k)
+    used = queries.bfloat16() if dtype == "bfloat16" else queries
+    scores = used.double() @ stored(store).double().T
+    scale = scores.abs().max()
+    for found, down in ((largest, True), (smallest, False)):
+        exact = scores.sort(1, descending=down).values[:, :k]
+        assert (found.values.double() - exact).abs().max() <= 2e-4 * scale
+        assert (scores.gather(1, found.indices) - exact).abs().max() <= 2e-4 * scale
+        assert torch.equal(found.ids, found.indices)
+        single = store.topk(queries, k, largest=down)
+        assert all(torch.equal(a, b) for a, b in zip(single, found, strict=True))
+
+
+@ALL
+def test_shards_do_not_matter(tmp_path: Path, dtype: str) -> None:
+    """Small whole numbers, many scores of which are equal: the order of the whole in one piece, at any thread count."""
+    rows = (torch.arange(400 * 6).reshape(400, 6) % 7 - 3).float()
+    queries = torch.tensor([[1.0, 0, 2, 0, 0, 1], [-1, 1, 0, 0, 0, 0]])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, many = filled(tmp_path / "a", dtype, rows, 1), filled(tmp_path / "b", dtype, rows, 9)
+    for a, b in zip(one.ends(queries, 50), many.ends(queries, 50), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    serial, threads = at_threads((1, 4), lambda: many.ends(queries, 50))
+    assert all(
+        torch.equal(x, y) for a, b in zip(serial, threads, strict=True) for x, y in zip(a, b, strict=True)
+    )
+    halves = [one.topk(queries, 50), many.topk(queries, 50)]
+    shifted = [halves[0], halves[1]._replace(indices=halves[1].indices + 400)]
+    both = merge(shifted, 50)
+    assert torch.equal(both.values[:, ::2], both.values[:, 1::2]) or both.values.shape == (2, 50)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_odd_blocks(dtype: str) -> None:
+    """Constant rows, zeros, an odd width, a value too small for a scale: no NaN, no lost column."""
+    for width in (1, 5, 33):
+        x = torch.stack([torch.full((width,), 3.0), torch.zeros(width), torch.full((width,), -1e-44)])
+        back = decode(encode(x, dtype, 4), dtype, width, 4)
+        assert torch.equal(back[:2], x[:2])
+        assert back[2].abs().max() <= 1e-44
+    with pytest.raises(ValueError, match="rows must be finite"):
+        encode(torch.tensor([[1.0, torch.nan]]), dtype, 4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_unbiased_rounding(dtype: str) -> None:
+    x = randn(1, 64).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+    mean = decode(encode(x, dtype, 32, generator), dtype, 64, 32).double().mean(0)
+    step = float(x.abs().max()) / (127 if dtype == "int8" else 7)
+    assert (mean - x[0]).abs().max() < 5 * 0.5 * step / 4000**0.5
+    nearest = decode(encode(x[:1], dtype, 32), dtype, 64, 32)[0]
+    assert (nearest - x[0]).abs().max() > 2 * (mean - x[0]).abs().max()
+
+
+@ALL
+def test_scores_self_influence_and_preconditioner(tmp_path: Path, dtype: str) -> None:
+    rows, queries = randn(90, 40), randn(3, 40, seed=1)
+    matrix = randn(40, 40, seed=2) / 6
+    store = filled(tmp_path, dtype, rows)
+    kept, steps = stored(store), []
+    ids, scores = zip(*store.scores(queries, size=20, progress=lambda *x: steps.append(x)), strict=True)
+    assert torch.equal(torch.cat(ids), store.ids())
+    assert relative_error(torch.cat(scores, 1), queries.double() @ kept.double().T) < 1e-6
+    assert steps[-1] == (90, 90)
+    assert relative_error(store.self_influence(), rows.double().square().sum(1)) < 1e-12
+    expected = ((kept.double() @ matrix.double()) * kept.double()).sum(1)
+    assert relative_error(store.self_influence(matrix), expected) < 1e-5
+    folded = store.topk(queries, 7, preconditioner=matrix)
+    assert torch.equal(folded.indices, store.topk(queries @ matrix, 7).indices)
+    assert torch.equal(folded.indices, store.topk(queries, 7, preconditioner=lambda q: q @ matrix).indices)
+    with pytest.raises(ValueError, match="preconditioner must keep the shape"):
+        store.topk(queries, 7, preconditioner=lambda q: q[:, 1:])
+
+
+@ALL
+def test_deletion_and_compaction(tmp_path: Path, dtype: str) -> None:
+    rows, queries = randn(120, 24), randn(4, 24, seed=1)
+    store = GradientStore.create(tmp_path / "store", 24, dtype)
+    for part in range(3):
+        ids = torch.arange(40 * part, 40 * part + 40) + 1000
+        store.append(rows[40 * part : 40 * part + 40], ids, [{"row": int(i)} for i in ids])
+        store.flush()
+    reader = GradientStore.open(tmp_path / "store")
+    before = reader.topk(queries, 120)
+    gone = [1000, 1017, 1039, *range(1040, 1080), 5]
+    assert store.delete(gone) == 43
+    assert store.delete(gone) == 0
+    assert len(store) == 77
+    left = torch.tensor([i for i in range(120) if i + 1000 not in gone])
+    thinned = store.ends(queries, 77)
+    for found in thinned:
+        assert torch.equal(found.ids, left[found.indices] + 1000)
+        assert torch.equal(found.ids.sort(1).values, (left + 1000).expand(4, -1))
+    keep = torch.isin(before.ids, torch.tensor(gone), invert=True)
+    assert torch.equal(thinned.largest.ids, before.ids[keep].view(4, 77))
+    store.compact()
+    assert torch.equal(store.ids(), left + 1000)
+    assert store.row_metadata() == [{"row": int(i) + 1000} for i in left]
+    again = store.ends(queries, 77)
+    assert all(
+        torch.equal(a, b) for x, y in zip(thinned, again, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    assert torch.equal(reader.topk(queries, 120).ids, before.ids)
+    reader.refresh()
+    assert len(reader) == 77
+    store.verify()
+    assert store.delete(store.ids()) == 77
+    store.compact()
+    assert len(store) == 0
+    assert store.topk(queries, 0).ids.shape == (4, 0)
+
+
+def test_one_writer_many_readers(tmp_path: Path) -> None:
+    store = filled(tmp_path, "float32", randn(10, 4))
+    with pytest.raises(StoreError, match="open for writing elsewhere"):
+        GradientStore.open(tmp_path / "store", write=True)
+    reader = GradientStore.open(tmp_path / "store")
+    with pytest.raises(StoreError, match="not open for writing"):
+        reader.append(randn(1, 4))
+    store.append(randn(5, 4, seed=3))
+    assert len(GradientStore.open(tmp_path / "store")) == 10
+    store.close()
+    assert len(reader) == 10
+    reader.refresh()
+    assert len(reader) == 15
+    with GradientStore.open(tmp_path / "store", write=True) as again:
+        x = randn(2, 4)
+        again.append(x)
+        x.zero_()
+    assert len(GradientStore.open(tmp_path / "store")) == 17
+    assert stored(again)[-2:].abs().max() > 0
+
+
+WRITER = """
+    import sys, torch
+    from unlearn_kernels.influence import GradientStore
+    store = GradientStore.create(sys.argv[1], 64, "int8")
+    n = 0
+    while True:
+        store.append(torch.full((100, 64), float(n + 1)), torch.arange(100 * n, 100 * n + 100))
+        store.flush()
+        n += 1
+        print(n, flush=True)
+"""
+
+
+def test_a_killed_writer_loses_only_what_was_not_flushed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path / "store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    flushed = [int(process.stdout.readline()) for _ in range(7)][-1]
+    os.kill(process.pid, signal.SIGKILL)
+    flushed = max([flushed, *map(int, process.stdout.read().split())])
+    process.wait()
+    (tmp_path / "store" / "99999999.tmp").mkdir()
+    (tmp_path / "store" / "99999998").mkdir()
+    with GradientStore.open(tmp_path / "store", write=True) as store:
+        assert len(store) in (100 * flushed, 100 * flushed + 100)
+        store.verify()
+        assert torch.equal(store.ids(), torch.arange(len(store)))
+        assert relative_error(stored(store)[:, 0], torch.arange(len(store)) // 100 + 1) < 1e-6
+        store.append(torch.ones(1, 64))
+    assert not list((tmp_path / "store").glob("9999999*"))
+    assert len(GradientStore.open(tmp_path / "store")) % 100 == 1
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    filled(tmp_path, "int8", randn(30, 16)).close()
+    folder = tmp_path / "store"
+    path = folder / "00000001" / "rows.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(StoreError, match=r"rows.bin is truncated or foreign: 159 bytes, 160 expected"):
+        GradientStore.open(folder)
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(StoreError, match=r"rows.bin is damaged: its checksum is wrong"):
+        GradientStore.open(folder).verify()
+    path.unlink()
+    with pytest.raises(StoreError, match=r"rows.bin is missing"):
+        GradientStore.open(folder)
+    manifest = folder / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["store"]["width"] = 17
+    for text, message in (
+        (json.dumps(record), "manifest.json is damaged: its checksum is wrong"),
+        ("{", "is not the manifest of a gradient store"),
+        ('{"store": {"format": "other"}, "crc32": 0}', "format 'other'"),
+        ("[]", "is not the manifest of a gradient store"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(StoreError, match=message):
+            GradientStore.open(folder)
+    with pytest.raises(StoreError, match=r"is no gradient store: it has no manifest\.json"):
+        GradientStore.open(tmp_path)
+
+
+def test_argument_errors(tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"width": 4, "dtype": "int2"}, "dtype must be one of"),
+        ({"width": 4, "block": 3}, "block must be even"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GradientStore.create(tmp_path / "x", **arguments)
+    store = filled(tmp_path, "float32", randn(10, 4))
+    with pytest.raises(FileExistsError, match="path must be empty"):
+        GradientStore.create(tmp_path / "store", 4)
+    for call, message in (
+        (lambda: store.append(torch.zeros(2, 5)), r"rows must be \(n, 4\)"),
+        (lambda: store.append(torch.zeros(2, 4), torch.zeros(3)), "ids and metadata must have 2 elements"),
+        (lambda: store.topk(torch.zeros(2, 4), 11), "k must be between 0 and 10 rows, got 11"),
+        (lambda: store.topk(torch.zeros(4), 1), r"queries must be \(Q, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

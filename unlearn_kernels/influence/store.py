@@ -1,0 +1,447 @@
+"""A store of gradient rows on disk: appended to, searched and thinned out."""
+
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unlearn_kernels.influence import _codes
+from unlearn_kernels.influence._codes import FORMATS, Format
+from unlearn_kernels.influence._scan import scan_shard
+from unlearn_kernels.influence._shards import (
+    Batch,
+    Manifest,
+    Shard,
+    ShardInfo,
+    StoreError,
+    write_deleted,
+    write_shard,
+)
+
+Preconditioner = Tensor | Callable[[Tensor], Tensor]
+Progress = Callable[[int, int], None]
+_SHARD_BYTES: Final = 1 << 28
+
+
+class Found(NamedTuple):
+    """Scores (Q, k) float32, best first, the ids of their rows, and their numbers in the store, int64."""
+
+    values: Tensor
+    ids: Tensor
+    indices: Tensor
+
+
+class Ends(NamedTuple):
+    """The rows with the largest and with the smallest scores."""
+
+    largest: Found
+    smallest: Found
+
+
+class GradientStore:
+    """Rows of one width in a folder, with an id and, if wanted, something JSON for each.
+
+    Made by `create` and `open`. One process writes at a time; any number read, each what was there when it opened the
+    store or called `refresh`. Rows count from 0 in the order of writing, deleted ones left out.
+
+    Attributes:
+        path: the folder.
+        width: numbers in a row.
+        dtype: how they lie there.
+        metadata: what was given to `create`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, lock: IO[str] | None) -> None:
+        self.path, self._manifest, self._lock = path, manifest, lock
+        self._pending = Batch([], [], [], [])
+        self._generator = torch.Generator().manual_seed(manifest.next_shard) if manifest.unbiased else None
+        self._shards = [Shard(path, info, manifest) for info in manifest.shards]
+
+    @classmethod
+    def create(
+        cls,
+        path: str | PathLike[str],
+        width: int,
+        dtype: Format = "float32",
+        *,
+        block: int = 128,
+        unbiased: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> "GradientStore":
+        """Make an empty store, open for writing.
+
+        Args:
+            path: a folder that does not exist or is empty.
+            width: numbers in a row.
+            dtype: `float32`, `bfloat16`, `int8` or `int4`.
+            block: columns that share a scale, even and at most 256; of integers.
+            unbiased: rounds integers up or down at random, so that scores are right on average.
+            metadata: JSON, kept in the manifest.
+
+        Raises:
+            ValueError: if a number or `dtype` is none.
+            FileExistsError: if the folder holds something.
+        """
+        if dtype not in FORMATS:
+            raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, got {dtype!r}")
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        if not (2 <= block <= 256 and block % 2 == 0):
+            raise ValueError(f"block must be even and between 2 and 256, got {block}")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"path must be empty, got {folder}")
+        Manifest(width, dtype, block, unbiased, metadata=metadata or {}).write(folder)
+        return cls.open(folder, write=True)
+
+    @classmethod
+    def open(cls, path: str | PathLike[str], *, write: bool = False) -> "GradientStore":
+        """Open a store; for writing, what a writer that was killed has left half done is cleared away.
+
+        Raises:
+            StoreError: if the folder is no store, a file is missing, truncated or foreign, or another process writes.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        lock = cls._locked(folder) if write else None
+        if write:
+            manifest = Manifest.read(folder)
+            known = {info.name for info in manifest.shards}
+            for child in folder.iterdir():
+                if child.is_dir() and child.name not in known:
+                    shutil.rmtree(child)
+        return cls(folder, manifest, lock)
+
+    @staticmethod
+    def _locked(folder: Path) -> IO[str]:
+        lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise StoreError(f"{folder} is open for writing elsewhere") from error
+        return lock
+
+    def __enter__(self) -> "GradientStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush and let others write."""
+        if self._lock is not None:
+            self.flush()
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self._manifest.width
+
+    @property
+    def dtype(self) -> str:
+        """How rows lie on disk."""
+        return self._manifest.dtype
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was given to `create`."""
+        return self._manifest.metadata
+
+    def __len__(self) -> int:
+        return sum(info.rows - info.deleted_rows for info in self._manifest.shards)
+
+    def refresh(self) -> None:
+        """Take in what was flushed since the store was opened."""
+        self._manifest = Manifest.read(self.path)
+        self._shards = [Shard(self.path, info, self._manifest) for info in self._manifest.shards]
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise StoreError(f"{self.path} is not open for writing: pass write=True to open")
+
+    def append(self, rows: Tensor, ids: Tensor | None = None, metadata: Sequence[Any] | None = None) -> None:
+        """Take in rows; they are safe on disk after `flush`, or once 256 MB have come together.
+
+        Args:
+            rows: (n, width), floating-point, on any device.
+            ids: (n,) integers; None: numbers on from the rows ever written.
+            metadata: n JSON values.
+
+        Raises:
+            ValueError: if something does not fit, or a row that becomes integers is not finite.
+            StoreError: if the store is not open for writing.
+        """
+        self._writable()
+        if rows.dim() != 2 or rows.shape[1] != self.width or not rows.is_floating_point():
+            raise ValueError(
+                f"rows must be (n, {self.width}), floating-point, got {rows.dtype} {tuple(rows.shape)}"
+            )
+        n, x = len(rows), rows.detach().cpu()
+        written = sum(info.rows for info in self._manifest.shards) + len(self._pending)
+        ids = torch.arange(written, written + n) if ids is None else ids.detach().cpu().long()
+        if ids.shape != (n,) or (metadata is not None and len(metadata) != n):
+            raise ValueError(f"ids and metadata must have {n} elements")
+        if n == 0:
+            return
+        coded = _codes.encode(x, self.dtype, self._manifest.block, self._generator)
+        # What is kept must not change with the caller's tensor.
+        own = coded.rows.clone() if coded.rows.data_ptr() == rows.data_ptr() else coded.rows
+        self._pending.coded.append(coded._replace(rows=own))
+        self._pending.ids.append(ids.clone())
+        self._pending.sqnorms.append(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square())
+        self._pending.metadata.extend([None] * n if metadata is None else metadata)
+        if len(self._pending) * _codes.row_bytes(self.dtype, self.width) >= _SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was appended as a new shard.
+
+        Raises:
+            StoreError: if the store is not open for writing.
+        """
+        self._writable()
+        if len(self._pending) == 0:
+            return
+        info = self._write_shard(self._pending)
+        self._pending = Batch([], [], [], [])
+        self._manifest.shards.append(info)
+        self._manifest.write(self.path)
+        self._shards.append(Shard(self.path, info, self._manifest))
+
+    def _write_shard(self, batch: Batch) -> ShardInfo:
+        name = f"{self._manifest.next_shard:08d}"
+        self._manifest.next_shard += 1
+        return write_shard(self.path, name, batch)
+
+    def delete(self, ids: Tensor | Sequence[int]) -> int:
+        """Take the rows of these ids out of every search; `compact` frees their room. Returns how many there were.
+
+        Raises:
+            StoreError: if the store is not open for writing.
+        """
+        self._writable()
+        self.flush()
+        wanted, count = torch.as_tensor(ids).long().flatten(), 0
+        for shard in self._shards:
+            hit = torch.isin(shard.ids, wanted)
+            hit[shard.deleted] = False
+            if bool(hit.any()):
+                gone = torch.cat([shard.deleted, hit.nonzero().flatten()]).sort().values
+                write_deleted(self.path, shard.info, gone)
+                count += int(hit.sum())
+        self._manifest.write(self.path)
+        self.refresh()
+        return count
+
+    def compact(self, progress: Progress | None = None) -> None:
+        """Write the shards that deleted rows are in anew, without them. Readers keep what they have open.
+
+        Raises:
+            StoreError: if the store is not open for writing.
+        """
+        self._writable()
+        self.flush()
+        kept: list[ShardInfo] = []
+        for n, shard in enumerate(self._shards):
+            if shard.info.deleted_rows == 0:
+                kept.append(shard.info)
+            elif shard.info.deleted_rows < shard.info.rows:
+                kept.append(self._write_shard(_rest_of(shard)))
+            if progress is not None:
+                progress(n + 1, len(self._shards))
+        old = {shard.info.name for shard in self._shards} - {info.name for info in kept}
+        self._manifest.shards = kept
+        self._manifest.write(self.path)
+        for name in old:
+            shutil.rmtree(self.path / name)
+        self.refresh()
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            StoreError: if a file is damaged.
+        """
+        for n, shard in enumerate(self._shards):
+            shard.verify()
+            if progress is not None:
+                progress(n + 1, len(self._shards))
+
+    def ids(self) -> Tensor:
+        """Return the ids of all rows, (N,)."""
+        return self._gathered([shard.ids[shard.kept] for shard in self._shards], torch.int64)
+
+    def sqnorms(self) -> Tensor:
+        """Return squared norms of the rows as they were given, (N,) float64."""
+        return self._gathered([shard.sqnorms[shard.kept] for shard in self._shards], torch.float64)
+
+    @staticmethod
+    def _gathered(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+
+    def row_metadata(self) -> list[Any]:
+        """Return what was given with each row, None where nothing was."""
+        return [x for shard in self._shards for x in _taken(shard.metadata(), shard.kept)]
+
+    def blocks(self, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids (n,) and rows (n, width), float32, of at most `size` rows at a time."""
+        for shard in self._shards:
+            for part in shard.kept.split(size):
+                if len(part):
+                    yield shard.ids[part], shard.decoded(part)
+
+    def self_influence(self, preconditioner: Preconditioner | None = None) -> Tensor:
+        r"""Return `\langle r, P r \rangle` of every row, (N,) float64; from the cached norms without a preconditioner.
+
+        With one, of the rows as they are stored.
+        """
+        if preconditioner is None:
+            return self.sqnorms()
+        parts = [
+            (rows * self._folded(rows, preconditioner)).sum(1, dtype=torch.float64)
+            for _, rows in self.blocks()
+        ]
+        return self._gathered(parts, torch.float64)
+
+    def _folded(self, queries: Tensor, preconditioner: Preconditioner | None) -> Tensor:
+        q = queries.detach().cpu()
+        if q.dim() != 2 or q.shape[1] != self.width or not q.is_floating_point():
+            raise ValueError(
+                f"queries must be (Q, {self.width}), floating-point, got {q.dtype} {tuple(q.shape)}"
+            )
+        if preconditioner is None:
+            return q.float()
+        out = preconditioner(q) if callable(preconditioner) else q.to(preconditioner.dtype) @ preconditioner
+        if out.shape != q.shape:
+            raise ValueError(f"preconditioner must keep the shape {tuple(q.shape)}, got {tuple(out.shape)}")
+        return out.float()
+
+    def scores(
+        self,
+        queries: Tensor,
+        *,
+        preconditioner: Preconditioner | None = None,
+        size: int = 8192,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids (n,) and scores (Q, n), float32, of at most `size` rows at a time, in the order of the store.
+
+        Raises:
+            ValueError: if `queries` do not fit.
+        """
+        folded, done = self._folded(queries, preconditioner), 0
+        for ids, rows in self.blocks(size):
+            yield ids, folded @ rows.T
+            done += len(ids)
+            if progress is not None:
+                progress(done, len(self))
+
+    def topk(
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        largest: bool = True,
+        preconditioner: Preconditioner | None = None,
+        progress: Progress | None = None,
+    ) -> Found:
+        r"""Find the `k` rows with the best `\langle P q, r \rangle`, reading each row once for up to 192 queries.
+
+        Args:
+            queries: (Q, width).
+            k: how many, at most N.
+            largest: the largest scores, or the smallest.
+            preconditioner: `P`: a matrix, (width, width), that queries are multiplied by from the right, or a
+                function of them. Rows are left as they are.
+            progress: called with rows scanned and rows in all.
+
+        Returns:
+            Scores, ids and row numbers; equal scores by row number, NaN above every number. Integers of a store are
+            multiplied as integers, with queries of 14 bits.
+
+        Raises:
+            ValueError: if `queries` or `k` do not fit.
+
+        Scratch: no Q x N scores; 1 MB a thread and `24 B * Q k` a shard.
+        """
+        ends = self._search(queries, k, 1 if largest else 2, preconditioner, progress)
+        return ends[0]
+
+    def ends(
+        self,
+        queries: Tensor,
+        k: int,
+        *,
+        preconditioner: Preconditioner | None = None,
+        progress: Progress | None = None,
+    ) -> Ends:
+        """Do what `topk` does for the largest and the smallest, in one scan."""
+        return Ends(*self._search(queries, k, 3, preconditioner, progress))
+
+    def _search(
+        self,
+        queries: Tensor,
+        k: int,
+        ends: int,
+        preconditioner: Preconditioner | None,
+        progress: Progress | None,
+    ) -> list[Found]:
+        if not 0 <= k <= len(self):
+            raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
+        folded, first = self._folded(queries, preconditioner), 0
+        parts: list[list[Found]] = [[] for _ in range((ends & 1) + (ends >> 1))]
+        for shard in self._shards:
+            found = scan_shard(shard, folded, k, ends)
+            for end, (values, rows) in zip(parts, found, strict=True):
+                numbers = torch.searchsorted(shard.kept, rows) + first
+                end.append(Found(values, shard.ids[rows], numbers))
+            first += shard.info.rows - shard.info.deleted_rows
+            if progress is not None:
+                progress(first, len(self))
+        directions = [True, False] if ends == 3 else [ends == 1]
+        return [
+            merge(end, k, largest=d) if end else _nothing(folded)
+            for end, d in zip(parts, directions, strict=True)
+        ]
+
+
+def merge(parts: Sequence[Found], k: int, *, largest: bool = True) -> Found:
+    """The `k` best of several searches with the same queries, as if their rows had been in one store.
+
+    Args:
+        parts: results in the order of their row numbers: for shards on ranks, the numbers made global first.
+        k: how many to keep.
+        largest: which end the parts are of.
+    """
+    values, ids, indices = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+    order = indices.argsort(dim=1, stable=True)
+    values, ids, indices = (x.gather(1, order) for x in (values, ids, indices))
+    values, best = values.sort(dim=1, descending=largest, stable=True)
+    return Found(values[:, :k], ids.gather(1, best)[:, :k], indices.gather(1, best)[:, :k])
+
+
+def _nothing(queries: Tensor) -> Found:
+    none = torch.zeros(len(queries), 0, dtype=torch.int64)
+    return Found(none.float(), none, none)
+
+
+def _taken(values: list[Any], rows: Tensor) -> list[Any]:
+    return [values[i] for i in rows.tolist()]
+
+
+def _rest_of(shard: Shard) -> Batch:
+    keep = shard.kept
+    coded = _codes.Coded(shard.rows[keep], shard.scales[keep])
+    return Batch([coded], [shard.ids[keep]], [shard.sqnorms[keep]], _taken(shard.metadata(), keep))
+
+
+__all__ = ["Ends", "Found", "GradientStore", "StoreError", "merge"]
