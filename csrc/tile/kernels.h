@@ -12,6 +12,7 @@
 #include "tile/per_sample/norm.h"
 #include "tile/surgery.h"
 #include "tile/token_loss.h"
+#include "tile/token_rows.h"
 
 // Whether the AVX2 and AVX-512 variants are compiled.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -35,7 +36,8 @@ namespace uk {
   X(__VA_ARGS__, PerSampleConv, per_sample_conv)         \
   X(__VA_ARGS__, Surgery, surgery)                       \
   X(__VA_ARGS__, Influence, influence)                   \
-  X(__VA_ARGS__, TokenLoss, token_loss)
+  X(__VA_ARGS__, TokenLoss, token_loss)                 \
+  X(__VA_ARGS__, TokenRows, token_rows)
 
 struct Kernels {
   const char* isa;

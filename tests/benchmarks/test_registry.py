@@ -28,6 +28,11 @@ OPERATORS = (
     "rademacher_project",
     "topk",
     "linear_nll",
+    "linear_stats",
+    "linear_maxmean",
+    "linear_kl",
+    "linear_soft_ce",
+    "linear_softplus",
 )
 
 
