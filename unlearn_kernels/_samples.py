@@ -199,9 +199,9 @@ SAMPLES: Final[dict[str, Maker]] = {
     "linear_nll": _linear_nll,
     "linear_stats": _rows(0, 4.0),
     "linear_maxmean": _rows(0, 0.0),
-    "linear_kl": _rows(1, 4.0, 3, "none"),
-    "linear_soft_ce": _rows(1, 4.0, 5, "mean"),
-    "linear_softplus": _rows(2, 4.0, 0, "none"),
+    "linear_kl": _rows(1, 4.0, ((3, 1.0),), "none"),
+    "linear_soft_ce": _rows(1, 4.0, ((5, 1.0),), "mean"),
+    "linear_softplus": _rows(2, 4.0, ((0, 1.0),), "none"),
 }
 
 

@@ -8,10 +8,12 @@ namespace uk {
 // q = softmax r. Fields lie one after the other, each at positions of a float (double for f64) array.
 enum class RowKind : int { stats, pair, softplus };
 
-// stats. `ceu`: cross-entropy to p without the label, renormalised, which counts as a constant.
-enum StatField { kNll, kLse, kMean, kStd, kMargin, kPeak, kAverage, kCeu, kStatFields };
+// Tails are what rounding took from the log-sum-exps. stats. `ceu`: cross-entropy to p without the label, renormalised, which counts as a constant.
+enum StatField { kNll, kLse, kMean, kStd, kMargin, kPeak, kAverage, kCeu, kLseTail, kStatFields };
 // pair. `soft`: cross-entropy to softmax(r - beta onehot), which counts as a constant.
-enum PairField { kPairNll, kPairLse, kPairMean, kKl, kReverseKl, kSoft, kRefNll, kRefLse, kRefMean, kPairFields };
+enum PairField {
+  kPairNll, kPairLse, kPairMean, kKl, kReverseKl, kSoft, kRefNll, kRefLse, kRefMean, kPairLseTail, kRefLseTail, kPairFields
+};
 // softplus: sum_v softplus(beta (z - r)), r the offset where there is no reference.
 inline constexpr int kSoftplusFields = 1;
 

@@ -22,7 +22,7 @@ Head = Any  # conftest.Head
 Loss = Callable[..., Any]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [((1,), 1, 2), ((7,), 5, 11), ((2, 3), 1, 3), ((13,), 300, 17), ((2, 211), 33, 1009)]
+SHAPES = [((1,), 1, 3), ((7,), 5, 11), ((2, 3), 1, 3), ((13,), 300, 17), ((2, 211), 33, 1009)]
 
 
 REFERENCES: dict[Any, tuple[Tensor, ...]] = {}
@@ -74,6 +74,7 @@ def offset(x: Head, h: Tensor, W: Tensor, bias: Tensor | None, **options: Any) -
 LOSSES = {
     "kl": of_reference(kl),
     "reverse kl": of_reference(kl, direction="reverse"),
+    "cross": of_reference(kl, direction="cross"),
     "undial": of_reference(linear_soft_ce, beta=10.0),
     "soft": of_reference(linear_soft_ce),
     "ceu": ceu,
@@ -99,7 +100,7 @@ def gradients(
     return [f.detach() for f in found] + list(torch.autograd.grad(smooth, wanted, upstream))
 
 
-def check(x: Head, call: Loss, **options: Any) -> None:
+def check(x: Head, call: Loss, factor: float = 2.0, **options: Any) -> None:
     actual = gradients(x, call, backend="cpp", **options)
     eager = gradients(x, call, backend="reference", **options)
     exact = gradients(x.double(), call, backend="reference", **options)
@@ -107,7 +108,7 @@ def check(x: Head, call: Loss, **options: Any) -> None:
         assert tensors[0].dtype == tensors[2].dtype
         # The float64 oracle is no more exact than float64 kernels.
         floor = 1e-13 if tensors[0].dtype == torch.float64 else None
-        assert_as_exact_as(f"result {index}", *tensors, floor=floor)
+        assert_as_exact_as(f"result {index}", *tensors, floor=floor, factor=factor)
 
 
 @EACH
@@ -126,7 +127,8 @@ def test_dtypes(head: MakeHead, dtype: torch.dtype, name: str) -> None:
 def test_scale_and_softcap(head: MakeHead, name: str) -> None:
     x = head((3, 19), 37, 701)
     check(x, ALL[name], scale=1.5)
-    check(x, ALL[name], scale=2.0, softcap=5.0)
+    # 1 - tanh^2 is formed from the capped logit, which has one rounding more than tanh.
+    check(x, ALL[name], factor=3.0, scale=2.0, softcap=5.0)
 
 
 @EACH_LOSS
@@ -150,8 +152,8 @@ def test_frozen_head_with_any_upstream_gradient(head: MakeHead, name: str) -> No
 
 
 def test_many_chunks_of_rows(head: MakeHead) -> None:
-    check(head((300,), 24, 50_001), LOSSES["kl"], reduction="sum")
-    check(head((700,), 8, 50_001), LOSSES["ceu"], reduction="mean")
+    check(head((300,), 8, 20_001), LOSSES["kl"], reduction="sum")
+    check(head((500,), 8, 20_001), LOSSES["ceu"], reduction="mean")
 
 
 @EACH
@@ -185,6 +187,8 @@ def test_minus_infinity_and_nan_pass_through(head: MakeHead, name: str, value: f
     x = x._replace(bias=bias, labels=x.labels.masked_fill(x.labels == 250, 1))
     if name in ("maxmean", "kl", "undial", "soft") and value < 0:
         pytest.skip("infinite by its formula")
+    if name == "maxmean":
+        pytest.skip("its gradient does not depend on values of logits")
     actual, expected = (gradients(x, ALL[name], backend=b) for b in ("cpp", "reference"))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
@@ -317,10 +321,12 @@ def test_other_misuse(head: MakeHead) -> None:
     x = head((9,), 5, 7)
     with pytest.raises(ValueError, match="softcap must be positive, got 0"):
         linear_stats(x.h, x.W, x.labels, softcap=0)
-    with pytest.raises(ValueError, match="direction must be forward or reverse, got 'both'"):
+    with pytest.raises(ValueError, match="direction must be forward, reverse or cross, got 'both'"):
         linear_kl(x.h, x.W, (x.h, x.W), direction="both")
     with pytest.raises(ValueError, match="beta needs a reference"):
         linear_soft_ce(x.h, x.W, x.labels, beta=1.0)
+    with pytest.raises(ValueError, match="labels are needed"):
+        linear_soft_ce(x.h, x.W, None, (x.h, x.W), beta=1.0)
     with pytest.raises(ValueError, match="reduction must be none, sum or mean, got 'avg'"):
         linear_softplus(x.h, x.W, reduction="avg")
     x.labels[2] = 7

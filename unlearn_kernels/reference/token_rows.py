@@ -7,9 +7,22 @@ from torch.nn import functional
 from unlearn_kernels.reference.token_loss import logits
 
 STATS, PAIR, SOFTPLUS = 0, 1, 2
-# The fields of each kind, in order.
-STAT_FIELDS = ("nll", "lse", "mean", "std", "margin", "peak", "average", "ceu")
-PAIR_FIELDS = ("nll", "lse", "mean", "kl", "reverse_kl", "soft", "ref_nll", "ref_lse", "ref_mean")
+# The fields of each kind, in order. Tails are what rounding took from the log-sum-exps; not differentiable, nor are
+# std, margin and the reference's.
+STAT_FIELDS = ("nll", "lse", "mean", "std", "margin", "peak", "average", "ceu", "lse_tail")
+PAIR_FIELDS = (
+    "nll",
+    "lse",
+    "mean",
+    "kl",
+    "reverse_kl",
+    "soft",
+    "ref_nll",
+    "ref_lse",
+    "ref_mean",
+    "lse_tail",
+    "ref_lse_tail",
+)
 SOFTPLUS_FIELDS = ("softplus",)
 FIELDS = (STAT_FIELDS, PAIR_FIELDS, SOFTPLUS_FIELDS)
 
@@ -48,7 +61,7 @@ def linear_rows(
     elif kind == PAIR and r is not None:
         rows = _pair(z, r, y, beta)
     else:
-        rows = [functional.softplus(beta * (z - (offset if r is None else r)), threshold=700.0).sum(-1)]
+        rows = [-functional.logsigmoid(beta * ((offset if r is None else r) - z)).sum(-1)]
     fields = [z.new_zeros(kept.shape).masked_scatter(kept, row) for row in rows]
     return torch.stack(fields), argmax
 
@@ -72,7 +85,7 @@ def _statistics(z: Tensor, y: Tensor | None) -> list[Tensor]:
     bad = torch.where(lse.isnan(), lse, 0.0).detach()
     ceu = torch.zeros_like(nll) if y is None else _ceu(z, log_p, y)
     margin, peak = (top[..., 0] - top[..., 1]).detach() + bad, z.amax(-1) + bad
-    return [nll, lse, mean, std, margin, peak, z.mean(-1), ceu]
+    return [nll, lse, mean, std, margin, peak, z.mean(-1), ceu, torch.zeros_like(lse)]
 
 
 def _ceu(z: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
@@ -95,4 +108,5 @@ def _pair(z: Tensor, r: Tensor, y: Tensor | None, beta: float) -> list[Tensor]:
         _picked(log_q, y),
         r.logsumexp(-1),
         _times(q, log_q),
+        *[torch.zeros_like(log_p[..., 0])] * 2,
     ]

@@ -23,6 +23,8 @@ from unlearn_kernels.token_loss._sweep import (
 
 Forward = tuple[Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor]
+# Fields of a kind and what multiplies them.
+Terms = tuple[tuple[int, float], ...]
 
 FORWARD: Final = _ops.raw("linear_rows_forward")
 BACKWARD: Final = _ops.raw("linear_rows_backward")
@@ -115,19 +117,21 @@ def _gradients(call: Callable[..., Backward], ctx: Any, upstream: Tensor | None)
     return *found, *[None] * (len(RowArguments._fields) - 3)
 
 
-class FieldAndGradients(torch.autograd.Function):
-    """(weights, field, need_weight, *RowArguments) -> (result, d_h, d_weight, d_bias).
+class CombinationAndGradients(torch.autograd.Function):
+    """(weights, terms, need_weight, *RowArguments) -> (result, d_h, d_weight, d_bias).
 
-    With `need_weight` the result is sum(weights * field), otherwise the field, of a head that takes no gradient.
+    Terms are (field, coefficient). With `need_weight` the result is sum(weights * terms), otherwise the terms, of a
+    head that takes no gradient.
     """
 
     @staticmethod
-    def forward(weights: Tensor, field: int, need_weight: bool, *args: Any) -> tuple[Tensor, ...]:
+    def forward(weights: Tensor, terms: Terms, need_weight: bool, *args: Any) -> tuple[Tensor, ...]:
         upstream = weights.new_zeros(len(FIELDS[RowArguments(*args).kind]), *weights.shape)
-        upstream[field] = weights
+        for field, coefficient in terms:
+            upstream[field] = coefficient * weights
         fields, _, *gradients = SWEEP(upstream, *args, need_weight)
-        value = fields[field]
-        return (weights * value).sum() if need_weight else value.clone(), *gradients
+        value = combined(fields, terms)
+        return (weights * value).sum() if need_weight else value, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -150,20 +154,29 @@ class FieldAndGradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, ...]]:
-        return one_by_one(FieldAndGradients.apply, info, in_dims, args), (0, 0, 0, 0)
+        return one_by_one(CombinationAndGradients.apply, info, in_dims, args), (0, 0, 0, 0)
 
 
-def field_of(args: RowArguments, field: int, reduction: str) -> Tensor:
-    """One field, reduced; gradients are made along with it where one factor a row, or one in all, is unknown."""
+def combined(fields: Tensor, terms: Terms) -> Tensor:
+    """The sum of terms, (*)."""
+    (first, coefficient), *others = terms
+    value = coefficient * fields[first]
+    for field, other in others:
+        value = value + other * fields[field]
+    return value
+
+
+def combination(args: RowArguments, terms: Terms, reduction: str) -> Tensor:
+    """A sum of fields, reduced; gradients are made along with it where one factor a row, or one in all, is unknown."""
     trained = wants_gradient(args.weight, args.bias)
     if wants_gradient(args.h) and not trained:
         ones = torch.ones(args.h.shape[:-1], dtype=accumulation_dtype(args.h), device=args.h.device)
-        value: Tensor = FieldAndGradients.apply(ones, field, False, *args)[0]
+        value: Tensor = CombinationAndGradients.apply(ones, terms, False, *args)[0]
         return reduced(value, args, reduction)
     if reduction != "none" and wants_gradient(args.h) and in_accumulation_type((args.weight, args.bias)):
-        total: Tensor = FieldAndGradients.apply(args.shares(reduction == "mean"), field, True, *args)[0]
+        total: Tensor = CombinationAndGradients.apply(args.shares(reduction == "mean"), terms, True, *args)[0]
         return total
-    return reduced(LinearRows.apply(*args)[0][field], args, reduction)
+    return reduced(combined(LinearRows.apply(*args)[0], terms), args, reduction)
 
 
 def reduced(value: Tensor, args: RowArguments, reduction: str) -> Tensor:

@@ -1,25 +1,37 @@
 """Distances between a head's distributions and others: a reference model's, or targets made from them."""
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
 from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference.token_rows import PAIR, PAIR_FIELDS, SOFTPLUS, STAT_FIELDS, STATS, linear_rows
 from unlearn_kernels.token_loss._public import Reference, arguments, register_rows, run
-from unlearn_kernels.token_loss._rows import RowArguments, field_of, reduced
+from unlearn_kernels.token_loss._rows import RowArguments, Terms, combination, combined, reduced
 from unlearn_kernels.token_loss.linear import Reduction
 
 
 def _kernels(*args: Any) -> Tensor:
-    *row, field, reduction = args
-    return field_of(RowArguments(*row), field, reduction)
+    *row, terms, reduction = args
+    return combination(RowArguments(*row), terms, reduction)
 
 
 def _plain(*args: Any) -> Tensor:
-    *row, field, reduction = args
+    *row, terms, reduction = args
     x = RowArguments(*row)
-    return reduced(linear_rows(*x)[0][field], x, reduction)
+    return reduced(combined(linear_rows(*x)[0], terms), x, reduction)
+
+
+def _pair(**coefficients: float) -> Terms:
+    return tuple((PAIR_FIELDS.index(name), c) for name, c in coefficients.items())
+
+
+# The terms of each direction of `linear_kl`; -sum p log q is the reverse divergence and p's entropy.
+_DIRECTIONS: Final = {
+    "forward": _pair(kl=1.0),
+    "reverse": _pair(reverse_kl=1.0),
+    "cross": _pair(reverse_kl=1.0, mean=-1.0),
+}
 
 
 def _checked(reduction: Reduction) -> Reduction:
@@ -42,7 +54,7 @@ def linear_kl(
     reference: Reference,
     labels: Tensor | None = None,
     *,
-    direction: Literal["forward", "reverse"] = "forward",
+    direction: Literal["forward", "reverse", "cross"] = "forward",
     bias: Tensor | None = None,
     ignore_index: int = -100,
     scale: float = 1.0,
@@ -55,9 +67,11 @@ def linear_kl(
     .. math:: \mathrm{KL}(q \| p) = \sum_v q_v (\log q_v - \log p_v), \qquad
         p = \mathrm{softmax}(z), \quad q = \mathrm{softmax}(r)
 
-    forward (q the reference: what retain losses use), or `KL(p || q)`, reverse. Gradients to the logits:
+    forward (q the reference: what retain losses use), `KL(p || q)`, reverse, or the cross-entropy `-sum p log q` of
+    the policy to the reference (no entropy: it gathers p on q's most likely word). Gradients to the logits:
 
-    .. math:: p - q \qquad \text{and} \qquad p \odot (\log p - \log q - \mathrm{KL}(p \| q))
+    .. math:: p - q, \qquad p \odot (\log p - \log q - \mathrm{KL}(p \| q)), \qquad
+        p \odot (\textstyle\sum_u p_u \log q_u - \log q)
 
     The reference is its hidden states and head, `(h, W)` or `(h, W, bias)`: d numbers a token to cache instead of
     V. Its head may be W itself, and its width another. It is a constant. Scale and soft-cap hold for both.
@@ -70,7 +84,7 @@ def linear_kl(
         W: the head, (V, d).
         reference: hidden states (*, d'), head (V, d') and bias (V,) of the reference.
         labels: which rows count, (*): those whose label is not `ignore_index`; all without.
-        direction: "forward" or "reverse".
+        direction: "forward", "reverse" or "cross".
         bias: (V,).
         ignore_index: the label of rows that do not count; they get 0, and no gradient.
         scale: what multiplies the logits.
@@ -91,18 +105,17 @@ def linear_kl(
 
     Sources: Maini et al. 2024 (TOFU, arXiv 2401.06121), Zhang et al. 2024 (NPO, arXiv 2404.05868).
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be forward or reverse, got {direction!r}")
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction must be forward, reverse or cross, got {direction!r}")
     args = arguments(PAIR, h, W, bias, reference, labels, ignore_index, scale, softcap)
-    field = PAIR_FIELDS.index("kl" if direction == "forward" else "reverse_kl")
-    found: Tensor = run("linear_kl", backend, args, field, _checked(reduction))
+    found: Tensor = run("linear_kl", backend, args, _DIRECTIONS[direction], _checked(reduction))
     return found
 
 
 def linear_soft_ce(
     h: Tensor,
     W: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     reference: Reference | None = None,
     *,
     beta: float = 0.0,
@@ -124,7 +137,7 @@ def linear_soft_ce(
     Args:
         h: hidden states, (*, d); any strides; float32, float64, bfloat16 or float16.
         W: the head, (V, d).
-        labels: (*), integers in [0, V) or `ignore_index`.
+        labels: (*), integers in [0, V) or `ignore_index`; None for every row, with a reference and beta 0.
         reference: hidden states (*, d'), head (V, d') and bias (V,) of the reference, a constant.
         beta: how much the label's logit is lowered; only with a reference.
         bias: (V,).
@@ -148,10 +161,12 @@ def linear_soft_ce(
     """
     if reference is None and beta != 0:
         raise ValueError(f"beta needs a reference, got beta {beta} and none")
+    if labels is None and (reference is None or beta != 0):
+        raise ValueError("labels are needed unless there is a reference and beta is 0, got None")
     kind = STATS if reference is None else PAIR
     args = arguments(kind, h, W, bias, reference, labels, ignore_index, scale, softcap, beta)
-    field = STAT_FIELDS.index("ceu") if reference is None else PAIR_FIELDS.index("soft")
-    found: Tensor = run("linear_soft_ce", backend, args, field, _checked(reduction))
+    terms = ((STAT_FIELDS.index("ceu"), 1.0),) if reference is None else _pair(soft=1.0)
+    found: Tensor = run("linear_soft_ce", backend, args, terms, _checked(reduction))
     return found
 
 
@@ -201,5 +216,5 @@ def linear_softplus(
     Source: muse_bench (Shi et al. 2024, arXiv 2407.06460), `baselines/iterative.py`; not the NPO of its paper.
     """
     args = arguments(SOFTPLUS, h, W, bias, reference, labels, ignore_index, scale, softcap, beta, offset)
-    found: Tensor = run("linear_softplus", backend, args, 0, _checked(reduction))
+    found: Tensor = run("linear_softplus", backend, args, ((0, 1.0),), _checked(reduction))
     return found

@@ -43,15 +43,15 @@ def _kernels(
 
 
 def _room(h: Tensor, weight: Tensor, memory_budget: int | None) -> int:
-    """For how many logits there is, in their accumulation type; on a GPU they are always made again."""
+    """For how many numbers there is: one a row, and logits to be kept; on a GPU they are always made again."""
     if h.device.type != "cpu":
         return 0
     rows, vocabulary = h.numel() // max(h.shape[-1], 1), weight.shape[0]
     size = accumulation_dtype(h).itemsize
     if memory_budget is None:
-        return min(_KEPT_BYTES // size, int(_KEPT_SHARE * rows * vocabulary))
+        return rows + min(_KEPT_BYTES // size, int(_KEPT_SHARE * rows * vocabulary))
     # Rows of the store are padded, and so is the vocabulary.
-    return min(memory_budget // size, (rows + 64) * (vocabulary + 256))
+    return rows + min(memory_budget // size, (rows + 64) * (vocabulary + 256))
 
 
 def _reference(
