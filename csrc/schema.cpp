@@ -100,14 +100,33 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
       "int ends) -> (Tensor, Tensor)");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");
 
-  m.def("linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index) -> (Tensor, Tensor)");
+  // Logits: scale (h weight^T + bias), then softcap tanh(. / softcap) unless softcap is 0. room: for how many logits
+  // there is, to be kept for the backward.
   m.def(
-      "linear_nll_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, "
-      "int ignore_index, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
+      "linear_nll_forward(Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, float scale, "
+      "float softcap, int room) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_nll_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor kept, "
+      "int ignore_index, float scale, float softcap, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
   // Gradients of sum(weights * nll) along with nll: what needs the logits once. need_weight asks for the bias's too.
   m.def(
       "linear_nll_sweep(Tensor weights, Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
-      "bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale, float softcap, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // kind: 0 statistics of rows, 1 distances to a reference, 2 sums of softplus(beta (z - r)). Returns fields (F, *) and
+  // the most likely words. No labels: every row counts. ref: (h, weight, bias) of the reference; offset: without one.
+  m.def(
+      "linear_rows_forward(Tensor h, Tensor weight, Tensor? bias, Tensor? ref_h, Tensor? ref_weight, Tensor? ref_bias, "
+      "Tensor? labels, int ignore_index, float scale, float softcap, int kind, float beta, float offset) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linear_rows_backward(Tensor upstream, Tensor fields, Tensor argmax, Tensor h, Tensor weight, Tensor? bias, "
+      "Tensor? ref_h, Tensor? ref_weight, Tensor? ref_bias, Tensor? labels, int ignore_index, float scale, "
+      "float softcap, int kind, float beta, float offset, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_rows_sweep(Tensor upstream, Tensor h, Tensor weight, Tensor? bias, Tensor? ref_h, Tensor? ref_weight, "
+      "Tensor? ref_bias, Tensor? labels, int ignore_index, float scale, float softcap, int kind, float beta, "
+      "float offset, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // The module itself is empty: importing it runs the registrations above.

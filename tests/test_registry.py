@@ -45,9 +45,9 @@ def sample(name: str) -> Arguments:
 
 
 def linear_nll_backward() -> Arguments:
-    h, weight, bias, labels, ignore_index = sample("linear_nll")
-    lse = (h @ weight.T + bias).logsumexp(-1)
-    return randn(len(h), seed=3), h, weight, bias, labels, lse, ignore_index, True, True
+    h, weight, bias, labels, *settings = sample("linear_nll")
+    lse, kept = raw("linear_nll_forward")(h, weight, bias, labels, *settings, 60)[1:]
+    return randn(len(h), seed=3), h, weight, bias, labels, lse, kept, *settings, True, True
 
 
 def linear_nll_sweep() -> Arguments:
@@ -55,11 +55,29 @@ def linear_nll_sweep() -> Arguments:
     return randn(len(arguments[0]), seed=3), *arguments, True
 
 
+def linear_rows() -> Arguments:
+    return sample("linear_kl")[:-2]
+
+
+def linear_rows_backward() -> Arguments:
+    arguments = linear_rows()
+    fields, argmax = raw("linear_rows_forward")(*arguments)
+    return randn(*fields.shape, seed=6), fields, argmax, *arguments, True, True
+
+
+def linear_rows_sweep() -> Arguments:
+    arguments = linear_rows()
+    return torch.ones_like(raw("linear_rows_forward")(*arguments)[0]), *arguments, True
+
+
 # Raw operators that a public one is made of: the others take its sample.
 PARTS = {
-    "linear_nll_forward": partial(sample, "linear_nll"),
+    "linear_nll_forward": lambda: (*sample("linear_nll"), 60),
     "linear_nll_backward": linear_nll_backward,
     "linear_nll_sweep": linear_nll_sweep,
+    "linear_rows_forward": linear_rows,
+    "linear_rows_backward": linear_rows_backward,
+    "linear_rows_sweep": linear_rows_sweep,
 }
 WHOLE = {name: o.impls["cpp"].call for name, o in REGISTRY.items()}
 RAW = {
@@ -70,7 +88,10 @@ RAW = {
     },
     **PARTS,
 }
-# The arguments whose first dimension is the one that may be empty.
+# Public operators that are Python over raw ones.
+COMPOSED = {name: partial(sample, name) for name, call in WHOLE.items() if not isinstance(call, OpOverload)}
+_ROWS = (0, 3, 6)
+# The arguments whose first dimension (or another, if named) is the one that may be empty.
 EMPTIED = {
     "linear_sqnorms": (0, 1),
     "linear_dots": (0, 1),
@@ -112,6 +133,15 @@ EMPTIED = {
     "linear_nll_forward": (0, 3),
     "linear_nll_backward": (0, 1, 4, 5),
     "linear_nll_sweep": (0, 1, 4),
+    "linear_rows_forward": _ROWS,
+    "linear_rows_backward": ((0, 1), (1, 1), 3, 6, 9),
+    "linear_rows_sweep": ((0, 1), 1, 4, 7),
+    "linear_nll": (0, 3),
+    "linear_stats": _ROWS,
+    "linear_maxmean": _ROWS,
+    "linear_kl": _ROWS,
+    "linear_soft_ce": _ROWS,
+    "linear_softplus": _ROWS,
 }
 RAW_OPERATORS = pytest.mark.parametrize("name", RAW)
 
@@ -121,7 +151,7 @@ def raw(name: str) -> OpOverload:
 
 
 def contiguous(name: str) -> Arguments:
-    return RAW[name]()
+    return {**RAW, **COMPOSED}[name]()
 
 
 def permuted(name: str) -> Arguments:
@@ -147,8 +177,9 @@ def empty(name: str) -> Arguments:
     """No samples, rows or tokens."""
     arguments = list(contiguous(name))
     assert name in EMPTIED, f"EMPTIED must tell which arguments of {name} may be empty"
-    for index in EMPTIED[name]:
-        arguments[index] = tree_map_only(Tensor, lambda x: x[:0], arguments[index])
+    for entry in EMPTIED[name]:
+        index, dim = entry if isinstance(entry, tuple) else (entry, 0)
+        arguments[index] = tree_map_only(Tensor, lambda x, dim=dim: x.narrow(dim, 0, 0), arguments[index])
     return tuple(arguments)
 
 
@@ -173,9 +204,8 @@ def test_has_every_implementation(operator: Operator) -> None:
 @OPERATORS
 @LAYOUTS
 def test_kernel_equals_reference(operator: Operator, layout: Layout) -> None:
-    name = (
-        "linear_nll_forward" if operator.name == "linear_nll" else WHOLE[operator.name].name().split("::")[1]
-    )
+    call = WHOLE[operator.name]
+    name = operator.name if operator.name in COMPOSED else call.name().split("::")[1]
 
     def run(backend: str, arguments: Arguments) -> list[Tensor]:
         return results(operator.impls[backend].call, arguments, differentiable=operator.differentiable)

@@ -197,7 +197,23 @@ def _topk(dtype: torch.dtype, device: str) -> Arguments:
 def _linear_nll(dtype: torch.dtype, device: str) -> Arguments:
     h, weight = randn(6, 8, dtype=dtype, device=device), randn(11, 8, dtype=dtype, seed=1, device=device)
     bias, labels = randn(11, dtype=dtype, seed=2, device=device), torch.tensor([0, 10, 3, -100, 5, 5])
-    return h, weight, bias, labels.to(device), -100
+    return h, weight, bias, labels.to(device), -100, 1.5, 4.0
+
+
+def _rows(kind: int, softcap: float, *more: Any) -> Maker:
+    """Arguments of an operator over rows of a head: statistics (kind 0), or against a reference of another width."""
+
+    def make(dtype: torch.dtype, device: str) -> Arguments:
+        h, weight, bias, labels, ignore_index, *_ = _linear_nll(dtype, device)
+        reference = (
+            randn(6, 5, dtype=dtype, seed=3, device=device),
+            randn(11, 5, dtype=dtype, seed=4, device=device),
+            randn(11, dtype=dtype, seed=5, device=device),
+        )
+        of = (None,) * 3 if kind == 0 else reference
+        return h, weight, bias, *of, labels, ignore_index, 1.5, softcap, kind, 0.75, 0.25, *more
+
+    return make
 
 
 def _tokens(T: int, dtype: torch.dtype, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -266,6 +282,11 @@ SAMPLES: Final[dict[str, Maker]] = {
     "covariance": _matrix,
     "topk": _topk,
     "linear_nll": _linear_nll,
+    "linear_stats": _rows(0, 4.0),
+    "linear_maxmean": _rows(0, 0.0),
+    "linear_kl": _rows(1, 4.0, ((3, 1.0),), "none"),
+    "linear_soft_ce": _rows(1, 4.0, ((5, 1.0),), "mean"),
+    "linear_softplus": _rows(2, 4.0, ((0, 1.0),), "none"),
 }
 
 
@@ -277,8 +298,10 @@ def results(call: Callable[..., Any], arguments: Arguments, *, differentiable: b
     for x in leaves:
         x.requires_grad_()
     returned = list(tensors_in(call(*arguments)))
-    upstream = [randn(*x.shape, dtype=x.dtype, seed=9, device=x.device.type) for x in returned]
-    return [*returned, *torch.autograd.grad(returned, leaves, upstream)]
+    smooth = [x for x in returned if x.requires_grad]
+    upstream = [randn(*x.shape, dtype=x.dtype, seed=9, device=x.device.type) for x in smooth]
+    gradients = torch.autograd.grad(smooth, leaves, upstream, allow_unused=True)
+    return [*returned, *(x for x in gradients if x is not None)]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -68,6 +68,13 @@ class Prepacked {
   template <class Source>
   Prepacked(const Source& source, int64_t outers, int64_t depth, const uk::Pool& pool)
       : lanes_(round_up(outers, kStrip)), memory_(lanes_ * steps(depth)) {
+    pack(source, outers, depth, pool);
+  }
+  // Room alone, for sources of so many lanes and no greater depth.
+  Prepacked(int64_t outers, int64_t depth) : lanes_(round_up(outers, kStrip)), memory_(lanes_ * steps(depth)) {}
+
+  template <class Source>
+  void pack(const Source& source, int64_t outers, int64_t depth, const uk::Pool& pool) const {
     constexpr int64_t kShare = 16 * kStrip, kBlock = Block<P>::kDepth * kSteps;
     pool.each((outers + kShare - 1) / kShare, [&](int64_t share, int) {
       const int64_t outer = share * kShare, height = outers - outer < kShare ? outers - outer : kShare;

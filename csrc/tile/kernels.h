@@ -17,6 +17,7 @@
 #include "tile/surgery_masks.h"
 #include "tile/surgery_metric.h"
 #include "tile/token_loss.h"
+#include "tile/token_rows.h"
 
 // Whether the AVX2 and AVX-512 variants are compiled.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -52,7 +53,8 @@ struct InfluenceScanKernels;
   X(__VA_ARGS__, InfluenceSketch, influence_sketch)      \
   X(__VA_ARGS__, InfluenceCurvature, influence_curvature) \
   X(__VA_ARGS__, InfluenceScan, influence_scan)          \
-  X(__VA_ARGS__, TokenLoss, token_loss)
+  X(__VA_ARGS__, TokenLoss, token_loss)                  \
+  X(__VA_ARGS__, TokenRows, token_rows)
 
 struct Kernels {
   const char* isa;

@@ -65,6 +65,37 @@ inline Vec<T> exp(Vec<T> x) {
   return x < low ? Vec<T>{} : result;
 }
 
+// tanh x = x + x^3 P(x^2) / Q(x^2) near 0 (coefficients: Cephes tanhf, tanh).
+inline Vec<float> small_tanh(Vec<float> x) {
+  constexpr float kP[] = {-5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                          -3.33332819422e-1f};
+  const Vec<float> square = x * x;
+  return fma<float>(polynomial(kP, square), square * x, x);
+}
+inline Vec<double> small_tanh(Vec<double> x) {
+  constexpr double kP[] = {-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3};
+  constexpr double kQ[] = {1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3};
+  const Vec<double> square = x * x;
+  return x + x * square * polynomial(kP, square) / polynomial(kQ, square);
+}
+
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> size = x < 0 ? -x : x, far = T(1) - T(2) / (exp<T>(size + size) + T(1));
+  return size < T(0.625) ? small_tanh(x) : x < 0 ? -far : far;
+}
+
+// log(1 + e^x) = max(x, 0) + 2 artanh(u / (2 + u)), u = e^-|x|.
+template <class T>
+inline Vec<T> softplus(Vec<T> x) {
+  constexpr int kTerms = sizeof(T) == 8 ? 16 : 8;
+  const Vec<T> u = exp<T>(x < 0 ? x : -x), ratio = u / (u + T(2)), square = ratio * ratio;
+  Vec<T> series = splat(T(1) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) series = fma<T>(series, square, splat(T(1) / (2 * k + 1)));
+  return (x < 0 ? Vec<T>{} : x) + T(2) * ratio * series;
+}
+
 template <class T>
 inline T max_lane(Vec<T> v) {
   T most = v[0];

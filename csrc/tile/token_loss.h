@@ -9,26 +9,25 @@ struct NllForward {
   LinearHead head;
   void* nll;
   void* lse;
+  void* kept;    // for logits that the backward is to find again, of the accumulation type
+  int64_t room;  // for so many elements
 };
 
-// Gradients of sum_t grad_t nll_t in the dtypes of what they belong to; null where not wanted.
-struct HeadGradients {
-  const void* grad;  // at positions of a float (double) array
-  void* d_h;         // (.., features) contiguous, rows at positions
-  void* d_weight;    // (vocabulary, features) contiguous
-  void* d_bias;      // (vocabulary,)
-};
-
+// Gradients of sum_t grad_t nll_t. grad and lse at positions of float (double) arrays.
 struct NllBackward {
   LinearHead head;
   HeadGradients gradients;
+  const void* grad;
   const void* lse;
+  const void* kept;
+  int64_t room;
 };
 
 // Forward and gradients in one sweep, some rows at a time. d_weight and d_bias in the accumulation type only.
 struct NllSweep {
   LinearHead head;
   HeadGradients gradients;
+  const void* grad;
   void* nll;
 };
 

@@ -43,6 +43,11 @@ OPERATORS = (
     "covariance",
     "topk",
     "linear_nll",
+    "linear_stats",
+    "linear_maxmean",
+    "linear_kl",
+    "linear_soft_ce",
+    "linear_softplus",
 )
 
 

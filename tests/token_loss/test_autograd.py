@@ -18,6 +18,9 @@ Head = Any  # conftest.Head
 FORWARD = torch.ops.unlearn_kernels.linear_nll_forward.default
 BACKWARD = torch.ops.unlearn_kernels.linear_nll_backward.default
 
+# ignore_index, scale and soft-cap
+SETTINGS = (-100, 1.5, 4.0)
+
 
 @pytest.fixture
 def x(head: MakeHead) -> Head:
@@ -119,24 +122,25 @@ def test_compile(x: Head, dynamic: bool) -> None:
 
 def test_raw_operators_are_well_registered(x: Head) -> None:
     leaves = x.leaves()
-    opcheck(FORWARD, (*leaves, x.labels, -100))
-    opcheck(FORWARD, (x.h.transpose(0, 1), x.W, None, x.labels.T, -100))
-    lse = FORWARD(x.h, x.W, x.bias, x.labels, -100)[1]
+    opcheck(FORWARD, (*leaves, x.labels, *SETTINGS, 300))
+    opcheck(FORWARD, (x.h.transpose(0, 1), x.W, None, x.labels.T, *SETTINGS, 0))
+    _, lse, kept = FORWARD(x.h, x.W, x.bias, x.labels, *SETTINGS, 0)
     for need_h, need_weight in ((True, True), (False, True), (True, False)):
         opcheck(
             BACKWARD,
-            (torch.ones_like(lse), x.h, x.W, x.bias, x.labels, lse, -100, need_h, need_weight),
+            (torch.ones_like(lse), x.h, x.W, x.bias, x.labels, lse, kept, *SETTINGS, need_h, need_weight),
         )
 
 
 def test_raw_operators_differentiate_and_batch(x: Head) -> None:
     leaves = x.leaves()
-    nll, lse = FORWARD(*leaves, x.labels, -100)
+    nll, lse, _ = FORWARD(*leaves, x.labels, *SETTINGS, 0)
     assert not lse.requires_grad
-    expected = torch.autograd.grad(linear_nll(*leaves[:2], x.labels, bias=leaves[2]).sum(), leaves)
+    logits = {"scale": SETTINGS[1], "softcap": SETTINGS[2]}
+    expected = torch.autograd.grad(linear_nll(*leaves[:2], x.labels, bias=leaves[2], **logits).sum(), leaves)
     for ours, theirs in zip(torch.autograd.grad(nll.sum(), leaves), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    batched = vmap(lambda h, y: FORWARD(h, x.W, None, y, -100)[0])(x.h, x.labels)
+    batched = vmap(lambda h, y: FORWARD(h, x.W, None, y, -100, 1.0, 0.0, 0)[0])(x.h, x.labels)
     torch.testing.assert_close(batched, linear_nll(x.h, x.W, x.labels))
 
 
@@ -145,8 +149,8 @@ def test_fake_tensors_on_a_gpu_have_the_right_shapes(x: Head) -> None:
         h = torch.empty(3, 4, 5, dtype=torch.bfloat16, device="meta")
         W = torch.empty(7, 5, dtype=torch.float16, device="meta")
         labels = torch.empty(3, 4, dtype=torch.long, device="meta")
-        nll, lse = FORWARD(h, W, None, labels, -100)
-        gradients = BACKWARD(nll, h, W, None, labels, lse, -100, True, True)
+        nll, lse, kept = FORWARD(h, W, None, labels, *SETTINGS, 7)
+        gradients = BACKWARD(nll, h, W, None, labels, lse, kept, *SETTINGS, True, True)
     assert (nll.shape, nll.dtype, lse.dtype) == ((3, 4), torch.float32, torch.float32)
     assert [(tuple(g.shape), g.dtype) for g in gradients] == [
         ((3, 4, 5), torch.bfloat16),

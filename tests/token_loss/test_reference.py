@@ -36,11 +36,11 @@ def test_values_and_gradients_are_those_of_cross_entropy(head: MakeHead) -> None
 def test_raw_backward_is_the_gradient_of_the_raw_forward(head: MakeHead) -> None:
     x = head((3, 5), 7, 13, torch.float64)
     leaves = x.leaves()
-    nll, lse = reference.linear_nll_forward(leaves[0], leaves[1], leaves[2], x.labels, -100)
+    nll, lse, kept = reference.linear_nll_forward(leaves[0], leaves[1], leaves[2], x.labels, -100, 1.5, 3.0)
     upstream = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)
     expected = torch.autograd.grad(nll, leaves, upstream)
     actual = reference.linear_nll_backward(
-        upstream, x.h, x.W, x.bias, x.labels, lse.detach(), -100, True, True
+        upstream, x.h, x.W, x.bias, x.labels, lse.detach(), kept, -100, 1.5, 3.0, True, True
     )
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -51,6 +51,6 @@ def test_ignored_rows_count_as_absent(head: MakeHead) -> None:
     labels = x.labels.clone()
     labels[[1, 4]] = -100
     x.h[1] = float("nan")
-    nll, lse = reference.linear_nll_forward(x.h, x.W, x.bias, labels, -100)
+    nll, lse, _ = reference.linear_nll_forward(x.h, x.W, x.bias, labels, -100)
     assert nll[[1, 4]].tolist() == lse[[1, 4]].tolist() == [0.0, 0.0]
     assert nll.isfinite().all()

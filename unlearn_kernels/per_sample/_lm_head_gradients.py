@@ -6,10 +6,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.influence import Projection
 from unlearn_kernels.per_sample._checks import check_weights
-from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached, logsumexps
+from unlearn_kernels.per_sample._lm_head_ops import Tokens, checked, detached, logsumexps, plain_nll
 from unlearn_kernels.per_sample._types import Gradients, TwoSided
 from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.token_loss._autograd import BACKWARD
@@ -25,7 +25,7 @@ class _Head:
         self, x: Tokens, W: Tensor, bias: Tensor | None, ignore_index: int, backend: Backend | None
     ) -> None:
         tensors = (x.h, W) if bias is None else (x.h, W, bias)
-        plain = select("linear_nll", backend, tensors) is reference.linear_nll
+        plain = plain_nll(backend, tensors)
         self._backward: Any = reference.linear_nll_backward if plain else BACKWARD
         self.W, self.bias, self.ignore_index = W.detach(), detached(bias), ignore_index
         self.h, self.labels = x.h, x.labels
@@ -35,7 +35,7 @@ class _Head:
     def gradients(self, upstream: Tensor, samples: slice) -> Gradients:
         """Those of `sum(upstream nll)` over some samples, in the dtype of the head."""
         h, labels, lse = (x[samples] for x in (self.h, self.labels, self.lse))
-        options = self.ignore_index, False, True
+        options = lse.new_empty(0), self.ignore_index, 1.0, 0.0, False, True
         _, weight, bias = self._backward(upstream, h, self.W, self.bias, labels, lse, *options)
         return Gradients(weight, None if self.bias is None else bias)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._backends import REGISTRY, Backend, select
 from unlearn_kernels._checks import check_range
 from unlearn_kernels.per_sample._checks import folded
 from unlearn_kernels.reference import token_loss as token_reference
@@ -136,10 +136,14 @@ def logsumexps(
     if x.lse is not None:
         return x.lse
     tensors = (x.h, W) if bias is None else (x.h, W, bias)
-    plain = select("linear_nll", backend, tensors) is token_reference.linear_nll
-    forward = token_reference.linear_nll_forward if plain else FORWARD
-    found: Tensor = forward(x.h, W.detach(), detached(bias), x.labels, ignore_index)[1]
+    forward = token_reference.linear_nll_forward if plain_nll(backend, tensors) else FORWARD
+    found: Tensor = forward(x.h, W.detach(), detached(bias), x.labels, ignore_index, 1.0, 0.0, 0)[1]
     return found
+
+
+def plain_nll(backend: Backend | None, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether `linear_nll` would run in plain PyTorch."""
+    return select("linear_nll", backend, tensors) is REGISTRY["linear_nll"].impls["reference"].call
 
 
 def detached(x: Tensor | None) -> Tensor | None:

@@ -6,30 +6,48 @@ from torch import Tensor
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 
-def logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`z = h W^T + b`, (*, V)."""
+def logits(
+    h: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
+    """`z = scale (h W^T + b)`, then `softcap tanh(z / softcap)` unless softcap is 0; (*, V)."""
     dtype = accumulation_dtype(h, weight)
     z = h.to(dtype) @ weight.to(dtype).T
-    return z if bias is None else z + bias.to(dtype)
+    z = scale * (z if bias is None else z + bias.to(dtype))
+    return z if softcap == 0 else softcap * torch.tanh(z / softcap)
 
 
-def linear_nll(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
+def linear_nll(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
     """`nll_t = logsumexp_v z_tv - z_ty`, 0 where the label is ignored; differentiable by autograd."""
     kept = labels != ignore_index
     # Ignored rows are left out before the product: whatever they hold, they get no gradient.
-    z = logits(h[kept], weight, bias)
+    z = logits(h[kept], weight, bias, scale, softcap)
     nll = z.logsumexp(-1) - z.gather(-1, labels[kept].unsqueeze(-1)).squeeze(-1)
     return nll.new_zeros(labels.shape).masked_scatter(kept, nll)
 
 
 def linear_nll_forward(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihoods and the log-sum-exps, both 0 where the label is ignored."""
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    room: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The negative log-likelihoods and the log-sum-exps, both 0 where the label is ignored; keeps no logits."""
     kept = labels != ignore_index
-    lse = logits(h[kept], weight, bias).logsumexp(-1)
-    nll = linear_nll(h, weight, bias, labels, ignore_index)
-    return nll, torch.zeros_like(nll).masked_scatter(kept, lse)
+    lse = logits(h[kept], weight, bias, scale, softcap).logsumexp(-1)
+    nll = linear_nll(h, weight, bias, labels, ignore_index, scale, softcap)
+    return nll, torch.zeros_like(nll).masked_scatter(kept, lse), nll.new_empty(room)
 
 
 def linear_nll_backward(
@@ -39,16 +57,20 @@ def linear_nll_backward(
     bias: Tensor | None,
     labels: Tensor,
     lse: Tensor,
+    _: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_h: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With `P_tv = grad_t (exp(z_tv - lse_t) - [v = y_t])`: `P W`, `P^T h`, `sum_t P_t`."""
+    """With `P_tv = grad_t (exp(z_tv - lse_t) - [v = y_t]) dz_tv/d(h W^T + b)_tv`: `P W`, `P^T h`, `sum_t P_t`."""
     kept = labels != ignore_index
     rows, y, u = h[kept], labels[kept], grad[kept]
-    z = logits(rows, weight, bias)
+    z = logits(rows, weight, bias, scale, softcap)
     p = (z - lse[kept].unsqueeze(-1)).exp() - torch.nn.functional.one_hot(y, weight.shape[0])
-    p = p * u.unsqueeze(-1)
+    p = p * u.unsqueeze(-1) * scale
+    p = p if softcap == 0 else p * (1 - (z / softcap) ** 2)
     d_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if need_h else h.new_empty(0)
     if need_h:
         d_h[kept] = (p @ weight.to(p.dtype)).to(h.dtype)
@@ -66,11 +88,14 @@ def linear_nll_sweep(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The negative log-likelihoods, and the gradients of their sum with these weights."""
-    nll, lse = linear_nll_forward(h, weight, bias, labels, ignore_index)
+    settings = ignore_index, scale, softcap
+    nll, lse, kept = linear_nll_forward(h, weight, bias, labels, *settings)
     d_h, d_weight, d_bias = linear_nll_backward(
-        weights, h, weight, bias, labels, lse, ignore_index, True, need_weight
+        weights, h, weight, bias, labels, lse, kept, *settings, True, need_weight
     )
     return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0]

@@ -1,6 +1,38 @@
 """Losses of a language-model head, straight from its hidden states: no logits in memory."""
 
+from unlearn_kernels.token_loss.contrast import flat
+from unlearn_kernels.token_loss.distances import linear_kl, linear_soft_ce, linear_softplus
+from unlearn_kernels.token_loss.distillation import ceu, kl_retain, pdu, undial
+from unlearn_kernels.token_loss.likelihood import grad_ascent, grad_diff, idk, satimp, tnpo, wga, wtnpo
 from unlearn_kernels.token_loss.linear import linear_nll
-from unlearn_kernels.token_loss.losses import grad_diff, npo
+from unlearn_kernels.token_loss.preference import dpo, npo, simnpo
+from unlearn_kernels.token_loss.representation import control_vector, rmu
+from unlearn_kernels.token_loss.statistics import MaxMean, TokenStats, linear_maxmean, linear_stats
 
-__all__ = ["grad_diff", "linear_nll", "npo"]
+__all__ = [
+    "MaxMean",
+    "TokenStats",
+    "ceu",
+    "control_vector",
+    "dpo",
+    "flat",
+    "grad_ascent",
+    "grad_diff",
+    "idk",
+    "kl_retain",
+    "linear_kl",
+    "linear_maxmean",
+    "linear_nll",
+    "linear_soft_ce",
+    "linear_softplus",
+    "linear_stats",
+    "npo",
+    "pdu",
+    "rmu",
+    "satimp",
+    "simnpo",
+    "tnpo",
+    "undial",
+    "wga",
+    "wtnpo",
+]

@@ -13,30 +13,31 @@ from torch import Tensor
 from unlearn_kernels import _loader, _ops
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
-Forward = tuple[Tensor, Tensor]
+Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor]
+Dims = tuple[int | None, ...]
 
 FORWARD: Final = _ops.raw("linear_nll_forward")
 BACKWARD: Final = _ops.raw("linear_nll_backward")
 
 
 class LinearNll(torch.autograd.Function):
-    """(h, weight, bias, labels, ignore_index) -> (nll, lse)."""
+    """(h, weight, bias, labels, ignore_index, scale, softcap, room) -> (nll, lse, kept logits)."""
 
     @staticmethod
-    def forward(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Forward:
-        return FORWARD(h, weight, bias, labels, ignore_index)
+    def forward(*args: Any) -> Forward:
+        return FORWARD(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
         _save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(BACKWARD if torch.compiler.is_compiling() else LinearNllBackward.apply, ctx, grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Forward, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Forward, Dims]:
         return _batched_forward(LinearNll.apply, info, in_dims, args)
 
 
@@ -56,26 +57,27 @@ class LinearNllBackward(torch.autograd.Function):
         refuse(ctx)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Backward, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Backward, tuple[int, ...]]:
         return _batched_backward(LinearNllBackward.apply, info, in_dims, args)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    h, weight, bias, labels, ctx.ignore_index = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(h, weight, bias, labels, output[1])
+    h, weight, bias, labels, *ctx.settings, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the kept logits would double them
+    ctx.save_for_backward(h, weight, bias, labels, *output[1:])
 
 
-def _gradients(call: Callable[..., Backward], ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, bias, labels, lse = ctx.saved_tensors
+def _gradients(call: Callable[..., Backward], ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
-    d_h, d_weight, d_bias = call(grad, h, weight, bias, labels, lse, ctx.ignore_index, need_h, need_weight)
+    if grad is None:
+        return (None,) * 8
+    d_h, d_weight, d_bias = call(grad, *ctx.saved_tensors, *ctx.settings, need_h, need_weight)
     return (
         d_h if need_h else None,
         d_weight if need_weight else None,
         d_bias if need_bias else None,
-        None,
-        None,
+        *[None] * 5,
     )
 
 
@@ -87,25 +89,27 @@ def refuse(*_: Any) -> None:
 
 
 def _batched_forward(
-    call: Callable[..., Forward], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> tuple[Forward, tuple[int, ...]]:
-    """One call for the whole batch when the head is shared, otherwise a call for each."""
+    call: Callable[..., Forward], info: Any, in_dims: Dims, args: tuple[Any, ...]
+) -> tuple[Forward, Dims]:
+    """One call for the whole batch when the head is shared, otherwise a call for each; nothing is kept of either."""
+    h, weight, bias, labels, *settings, _ = args
     if in_dims[1] is None and in_dims[2] is None:
-        h, weight, bias, labels, ignore_index = args
         h, labels = (_in_front(x, dim, info) for x, dim in ((h, in_dims[0]), (labels, in_dims[3])))
-        return call(h, weight, bias, labels, ignore_index), (0, 0)
-    return one_by_one(call, info, in_dims, args), (0, 0)
+        return call(h, weight, bias, labels, *settings, 0), (0, 0, None)
+    nll, lse, kept = one_by_one(call, info, in_dims, (h, weight, bias, labels, *settings, 0))
+    return (nll, lse, kept[0] if len(kept) else nll.new_empty(0)), (0, 0, None)
 
 
 def _batched_backward(
-    call: Callable[..., Backward], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+    call: Callable[..., Backward], info: Any, in_dims: Dims, args: tuple[Any, ...]
 ) -> tuple[Backward, tuple[int, ...]]:
     """One call when only the hidden states want a gradient; a head has one for each of the batch."""
-    grad, h, weight, bias, labels, lse, ignore_index, need_h, need_weight = args
-    if in_dims[2] is None and bias is None and need_h and not need_weight:
+    grad, h, weight, bias, labels, lse, kept, *settings, need_h, need_weight = args
+    if in_dims[2] is None and bias is None and need_h and not need_weight and in_dims[6] is None:
         dims = ((grad, in_dims[0]), (h, in_dims[1]), (labels, in_dims[4]), (lse, in_dims[5]))
         grad, h, labels, lse = (_in_front(x, dim, info) for x, dim in dims)
-        d_h, d_weight, d_bias = call(grad, h, weight, bias, labels, lse, ignore_index, True, False)
+        kept = kept.new_empty(0)  # of one call's rows, if of any
+        d_h, d_weight, d_bias = call(grad, h, weight, bias, labels, lse, kept, *settings, True, False)
         d_weight, d_bias = (x.expand(info.batch_size, *x.shape) for x in (d_weight, d_bias))
         return (d_h, d_weight, d_bias), (0, 0, 0)
     return one_by_one(call, info, in_dims, args), (0, 0, 0)
@@ -116,9 +120,7 @@ def _in_front(x: Tensor, dim: int | None, info: Any) -> Tensor:
     return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def one_by_one(
-    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> Any:
+def one_by_one(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> Any:
     """A call for each of the batch, stacked."""
 
     def item(index: int) -> list[Any]:
@@ -131,10 +133,17 @@ def one_by_one(
 
 
 def _fake_forward(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    room: int,
 ) -> Forward:
     nll = h.new_empty(labels.shape, dtype=accumulation_dtype(h))
-    return nll, torch.empty_like(nll)
+    return nll, torch.empty_like(nll), nll.new_empty(room)
 
 
 def _fake_backward(
@@ -144,13 +153,23 @@ def _fake_backward(
     bias: Tensor | None,
     labels: Tensor,
     lse: Tensor,
+    kept: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_h: bool,
     need_weight: bool,
 ) -> Backward:
+    return fake_gradients(h, weight, bias, need_h, need_weight, bias is not None)
+
+
+def fake_gradients(
+    h: Tensor, weight: Tensor, bias: Tensor | None, need_h: bool, need_weight: bool, need_bias: bool
+) -> Backward:
+    """Gradients to hidden states and a head; empty where not needed."""
     d_h = h.new_empty(h.shape if need_h else (0,))
     d_weight = weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1]))
-    return d_h, d_weight, weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return d_h, d_weight, (weight if bias is None else bias).new_empty(weight.shape[0] if need_bias else 0)
 
 
 def _triton_forward(*args: Any) -> Forward:
@@ -170,7 +189,7 @@ def _register() -> None:
     _ops.register_raw("linear_nll_forward", _fake_forward, _triton_forward)
     _ops.register_raw("linear_nll_backward", _fake_backward, _triton_backward)
     torch.library.register_autograd(
-        forward, lambda ctx, grad, _: _gradients(BACKWARD, ctx, grad), setup_context=_setup_raw
+        forward, lambda ctx, grad, *_: _gradients(BACKWARD, ctx, grad), setup_context=_setup_raw
     )
     torch.library.register_autograd(backward, refuse)
     torch.library.register_vmap(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unlearn_kernels import _loader, _ops
 from unlearn_kernels.reference.dtypes import accumulation_dtype
-from unlearn_kernels.token_loss._autograd import one_by_one, refuse
+from unlearn_kernels.token_loss._autograd import fake_gradients, one_by_one, refuse
 
 SWEEP: Final = _ops.raw("linear_nll_sweep")
 
@@ -20,7 +20,7 @@ Swept = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class NllAndGradients(torch.autograd.Function):
-    """(weights, h, weight, bias, labels, ignore_index, need_weight) -> (result, d_h, d_weight, d_bias).
+    """(weights, h, weight, bias, labels, ignore_index, scale, softcap, need_weight) -> (result, *gradients).
 
     With `need_weight` the result is sum(weights * nll), otherwise nll, of a head that takes no gradient.
     """
@@ -40,11 +40,11 @@ class NllAndGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
-        scaled = _product if torch.compiler.is_compiling() else Scaled.apply
+        scaled = scaled_eagerly if torch.compiler.is_compiling() else Scaled.apply
         if not ctx.need_weight:
-            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 5
+            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 7
         d_h, d_weight, d_bias = (scaled(grad, x, *inputs) for x in (d_h, d_weight, d_bias))
-        return None, d_h, d_weight, None if inputs[2] is None else d_bias, None, None, None
+        return None, d_h, d_weight, None if inputs[2] is None else d_bias, *[None] * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Swept, tuple[int, ...]]:
@@ -57,7 +57,7 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def forward(factor: Tensor, gradient: Tensor, *made_from: Tensor | None) -> Tensor:
         if _graph_is_kept():
-            return _product(factor, gradient)
+            return scaled_eagerly(factor, gradient)
         if factor.numel() == 1 and factor.item() == 1:
             return gradient
         return gradient.mul_(factor)  # a head's gradient is large, and nobody will ask for it again
@@ -75,7 +75,8 @@ class Scaled(torch.autograd.Function):
         return one_by_one(Scaled.apply, info, in_dims, args), 0
 
 
-def _product(factor: Tensor, gradient: Tensor, *_: Tensor | None) -> Tensor:
+def scaled_eagerly(factor: Tensor, gradient: Tensor, *_: Tensor | None) -> Tensor:
+    """The same out of place, for tracing."""
     return (factor * gradient).to(gradient.dtype)
 
 
@@ -85,17 +86,15 @@ def _graph_is_kept() -> bool:
     return ask is None or torch._C._current_graph_task_id() == -1 or ask()
 
 
-def weighted_total(
-    weights: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
-) -> Tensor:
+def weighted_total(weights: Tensor, h: Tensor, *args: Any) -> Tensor:
     """sum(weights * nll), its gradients in hand."""
-    return NllAndGradients.apply(weights, h, weight, bias, labels, ignore_index, True)[0]
+    return NllAndGradients.apply(weights, h, *args, True)[0]
 
 
-def frozen_nll(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
+def frozen_nll(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *settings: Any) -> Tensor:
     """nll of a head that takes no gradient, d_h in hand."""
     ones = torch.ones(labels.shape, dtype=accumulation_dtype(h), device=h.device)
-    return NllAndGradients.apply(ones, h, weight, bias, labels, ignore_index, False)[0]
+    return NllAndGradients.apply(ones, h, weight, bias, labels, *settings, False)[0]
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -115,12 +114,13 @@ def _fake(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_weight: bool,
 ) -> Swept:
     nll = h.new_empty(labels.shape, dtype=accumulation_dtype(h))
-    d_weight = weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1]))
-    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape[0] if need_weight else 0)
-    return nll, h.new_empty(h.shape), d_weight, d_bias
+    gradients = fake_gradients(h, weight, bias, True, need_weight, bias is not None and need_weight)
+    return nll, *gradients
 
 
 def _triton(*args: Any) -> Swept:

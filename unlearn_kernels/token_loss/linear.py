@@ -1,8 +1,7 @@
 r"""Negative log-likelihoods of a linear head: `nll_t = logsumexp_v z_tv - z_{t, y_t}`, `z = h W^T + b`."""
 
-from typing import Literal
+from typing import Final, Literal
 
-import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
@@ -12,8 +11,13 @@ from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss import _sweep
 from unlearn_kernels.token_loss._autograd import LinearNll
+from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits
 
 Reduction = Literal["none", "sum", "mean"]
+# Bytes of logits kept for backward unless the caller says otherwise, and their greatest share of all logits: memory
+# stays constant in tokens, and with what backward itself takes below 0.6 of the logits.
+_KEPT_BYTES: Final = 64 << 20
+_KEPT_SHARE: Final = 0.4
 
 
 def _kernels(
@@ -22,18 +26,32 @@ def _kernels(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
+    scale: float = 1.0,
+    softcap: float = 0.0,
     reduction: Reduction = "none",
+    memory_budget: int | None = None,
 ) -> Tensor:
-    head = (weight, bias)
+    head, settings = (weight, bias), (ignore_index, scale, softcap)
     if _sweep.wants_gradient(h) and not _sweep.wants_gradient(*head):
-        return _reduced(
-            _sweep.frozen_nll(h, weight, bias, labels, ignore_index), labels, ignore_index, reduction
-        )
+        return _reduced(_sweep.frozen_nll(h, *head, labels, *settings), labels, ignore_index, reduction)
     if reduction != "none" and _sweep.wants_gradient(h) and _sweep.in_accumulation_type(head):
         shares = _shares(h, labels, ignore_index, reduction)
-        return _sweep.weighted_total(shares, h, weight, bias, labels, ignore_index)
-    nll = LinearNll.apply(h, weight, bias, labels, ignore_index)[0]
+        return _sweep.weighted_total(shares, h, *head, labels, *settings)
+    room = _room(h, weight, memory_budget) if _sweep.wants_gradient(h, *head) else 0
+    nll = LinearNll.apply(h, *head, labels, *settings, room)[0]
     return _reduced(nll, labels, ignore_index, reduction)
+
+
+def _room(h: Tensor, weight: Tensor, memory_budget: int | None) -> int:
+    """For how many numbers there is: one a row, and logits to be kept; on a GPU they are always made again."""
+    if h.device.type != "cpu":
+        return 0
+    rows, vocabulary = h.numel() // max(h.shape[-1], 1), weight.shape[0]
+    size = accumulation_dtype(h).itemsize
+    if memory_budget is None:
+        return rows + min(_KEPT_BYTES // size, int(_KEPT_SHARE * rows * vocabulary))
+    # Rows of the store are padded, and so is the vocabulary.
+    return rows + min(memory_budget // size, (rows + 64) * (vocabulary + 256))
 
 
 def _reference(
@@ -42,9 +60,12 @@ def _reference(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
+    scale: float = 1.0,
+    softcap: float = 0.0,
     reduction: Reduction = "none",
+    memory_budget: int | None = None,
 ) -> Tensor:
-    nll = reference.linear_nll(h, weight, bias, labels, ignore_index)
+    nll = reference.linear_nll(h, weight, bias, labels, ignore_index, scale, softcap)
     return _reduced(nll, labels, ignore_index, reduction)
 
 
@@ -82,12 +103,18 @@ def linear_nll(
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
     reduction: Reduction = "none",
+    memory_budget: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of each label under a linear head, with no logits in memory.
 
-    .. math:: n_t = \log \sum_v e^{z_{tv}} - z_{t, y_t}, \qquad z_t = W h_t + b
+    .. math:: n_t = \log \sum_v e^{z_{tv}} - z_{t, y_t}, \qquad
+        z_t = c \tanh(x_t / c), \quad x_t = s (W h_t + b)
+
+    with the logit scale s and the soft-cap c (`z = x` without one).
 
     Nothing is shifted: row t of `h` is judged with label t. Differentiable once, to `h`, `W` and `bias`, for
     any upstream gradient:
@@ -96,7 +123,8 @@ def linear_nll(
 
     Backward computes the logits again (8 N d V FLOPs in all) unless one sweep can make the gradients ahead:
     under `reduction` "sum" or "mean" with `W` and `bias` in float32 or float64 (6 N d V), and for a head that
-    takes no gradient, whatever the reduction (4 N d V).
+    takes no gradient, whatever the reduction (4 N d V). A `memory_budget` keeps as many logits between the two
+    as fit and saves their share of the 2 N d V; one that holds them all, N V numbers, leaves 6 N d V.
 
     Rows whose label is ignored are left out of every product.
 
@@ -106,6 +134,10 @@ def linear_nll(
         labels: (*), integers in [0, V) or `ignore_index`.
         bias: (V,).
         ignore_index: the label of rows that do not count; they get 0, and no gradient.
+        scale: what multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        softcap: Gemma-2's `final_logit_softcapping`, above 0.
+        memory_budget: bytes of logits that may be kept for backward where it would compute them again; by
+            default 64 MiB, and 0.4 of the logits at most. On a GPU none are kept.
         reduction: "none"; "sum"; or "mean", over the rows that count (NaN if there are none, as in PyTorch).
         backend: see `unlearn_kernels.use_backend`.
 
@@ -114,47 +146,29 @@ def linear_nll(
         come in the dtypes of what they belong to. The same bits at every number of threads.
 
     Raises:
-        ValueError: if shapes, devices or dtypes do not fit, `reduction` is unknown, or a label is neither in
-            [0, V) nor ignored (on CUDA such a row becomes NaN instead).
+        ValueError: if shapes, devices or dtypes do not fit, `reduction` is unknown, `softcap` is not positive,
+            `memory_budget` is negative, or a label is neither in [0, V) nor ignored (on CUDA such a row becomes
+            NaN instead).
         RuntimeError: if a gradient is differentiated again.
 
     Scratch on the CPU for N rows that count, in elements of the accumulation type: `N d + N V / 96` forward;
-    `3 N d` and a block of logits, 8 MB or N x 384, backward; in one sweep `3 N d` and the logits of N / 6 rows
-    (8 MB or 64 rows if that is more); V with a bias; under 1 MB a thread.
+    `3 N d`, a block of logits, 8 MB or N x 384, and what the budget keeps, backward; in one sweep `3 N d` and the
+    logits of N / 6 rows (8 MB or 64 rows if that is more); V with a bias; under 1 MB a thread.
 
     Sources: Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009); Hsu et al. 2024 (Liger Kernel,
     arXiv 2410.10989).
     """
-    _check(h, W, labels, bias)
+    check_head(h, W, bias)
+    check_labels(h, labels)
+    settings = check_logits(scale, softcap)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget must not be negative, got {memory_budget}")
     tensors = (h, W) if bias is None else (h, W, bias)
     call = select("linear_nll", backend, tensors)
     try:
-        return call(h, W, bias, labels.long(), ignore_index, reduction)
+        return call(h, W, bias, labels.long(), ignore_index, *settings, reduction, memory_budget)
     except (RuntimeError, IndexError):
         check_range("labels", labels, W.shape[0], ignore_index)
         raise
-
-
-def _check(h: Tensor, W: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    if W.dim() != 2:
-        raise ValueError(f"W must have shape (V, d), got {tuple(W.shape)}")
-    if h.dim() < 1 or h.shape[-1] != W.shape[1]:
-        raise ValueError(f"h must have shape (*, {W.shape[1]}) to fit W, got {tuple(h.shape)}")
-    if labels.shape != h.shape[:-1]:
-        raise ValueError(f"labels must have shape {tuple(h.shape[:-1])} to fit h, got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if bias is not None and bias.shape != W.shape[:1]:
-        raise ValueError(f"bias must have shape ({W.shape[0]},), got {tuple(bias.shape)}")
-    for name, x in (("W", W), ("labels", labels), ("bias", bias)):
-        if x is not None and x.device != h.device:
-            raise ValueError(f"{name} must be on the device of h, {h.device}, got {x.device}")
-    for name, x in (("h", h), ("W", W), ("bias", bias)):
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-        if x is not None and (x.dtype == torch.float64) != (h.dtype == torch.float64):
-            raise ValueError(
-                f"h, W and bias must all be float64 or none, got {name} of {x.dtype} and h of {h.dtype}"
-            )

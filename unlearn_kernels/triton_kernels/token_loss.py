@@ -37,15 +37,42 @@ _BLOCK_BYTES: Final = 64 << 20
 
 
 @triton.jit
+def tanh(x, ACC: tl.constexpr):
+    """Its series near 0, where the quotient of exponentials would cancel."""
+    square = x * x
+    series = 62.0 / 2835.0 - square * (1382.0 / 155925.0)
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * series)
+    series = x + x * square * (-1.0 / 3.0 + square * series)
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    near: tl.constexpr = 0.02 if ACC == tl.float64 else 0.35
+    return tl.where(tl.abs(x) < near, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def chain(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """`dz / d(h W^T + b)`."""
+    if SOFTCAP == 0.0:
+        return z * 0.0 + SCALE
+    inside = z / SOFTCAP
+    return (1.0 - inside * inside) * SCALE
+
+
+@triton.jit
 def logits_tile(
     h, h_r, h_d, rows, count, weight, w_v, w_d, bias, b_v, cols, vocabulary, features,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    SCALE: tl.constexpr = 1.0, SOFTCAP: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """`h[rows] weight[cols]^T + bias[cols]`, -inf past the vocabulary."""
+    """`h[rows] weight[cols]^T + bias[cols]`, scaled and capped, -inf past the vocabulary."""
     z = tl.zeros((ROWS, COLS), dtype=ACC)
     z = add_product(z, h, h_r, h_d, rows, count, weight, w_v, w_d, cols, vocabulary, features, DEPTH, DOT)
     if bias is not None:
         z += load_as(bias + cols * b_v, cols < vocabulary, ACC)[None, :]
+    if SCALE != 1.0:
+        z = z * SCALE
+    if SOFTCAP != 0.0:
+        z = tanh(z / SOFTCAP, ACC) * SOFTCAP
     return tl.where((cols < vocabulary)[None, :], z, float("-inf"))
 
 
@@ -53,7 +80,7 @@ def logits_tile(
 def parts_kernel(
     h, weight, bias, labels, kept, peaks, masses, picked, h_r, h_d, w_v, w_d, b_v, rows_all, vocabulary,
     features, splits, split_cols, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """(peak, mass, logit of the label) of some rows over one part of the vocabulary, at [split, row]."""
     task = program(0)
@@ -68,7 +95,7 @@ def parts_kernel(
             cols = span(start, COLS)
             z = logits_tile(
                 h, h_r, h_d, rows, count, weight, w_v, w_d, bias, b_v, cols, vocabulary, features, ROWS, COLS,
-                DEPTH, DOT, ACC,
+                DEPTH, DOT, ACC, SCALE, SOFTCAP,
             )  # fmt: skip
             found += tl.sum(tl.where(cols[None, :] == label[:, None], z, 0.0), axis=1)
             peak, mass = lse_update(peak, mass, z)
@@ -106,7 +133,7 @@ def merge_kernel(
 def probabilities_kernel(
     h, weight, bias, labels, kept, grad, lse, p, h_r, h_d, w_v, w_d, b_v, vocabulary, features, begin, end,
     p_r, col_tiles, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """P[row, column - begin] = grad (softmax - onehot) for columns from `begin` to `end`."""
     task = program(0)
@@ -115,13 +142,15 @@ def probabilities_kernel(
     if task // col_tiles * ROWS < count:
         z = logits_tile(
             h, h_r, h_d, rows, count, weight, w_v, w_d, bias, b_v, cols, vocabulary, features, ROWS, COLS,
-            DEPTH, DOT, ACC,
+            DEPTH, DOT, ACC, SCALE, SOFTCAP,
         )  # fmt: skip
         label = tl.load(labels + rows, mask=rows < count, other=0).to(tl.int64)
         upstream = load_as(grad + rows, rows < count, ACC)
         upstream = tl.where((label >= 0) & (label < vocabulary), upstream, float("nan"))
         q = tl.exp(z - load_as(lse + rows, rows < count, ACC)[:, None])
         q = (q - tl.where(cols[None, :] == label[:, None], 1.0, 0.0)) * upstream[:, None]
+        if SCALE != 1.0 or SOFTCAP != 0.0:
+            q = q * chain(z, SCALE, SOFTCAP)
         inside = (rows < count)[:, None] & (cols < end)[None, :]
         store_as(p + rows[:, None] * p_r + (cols - begin)[None, :], q, inside)
 
@@ -170,7 +199,7 @@ def d_h_kernel(
         tl.store(at, acc + load_as(at, inside, ACC), mask=inside)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The head's inputs with the rows that count in front. `kept`, their number, is on the device."""
 
     h: Tensor
@@ -197,15 +226,16 @@ class _Rows(NamedTuple):
         return out.view(shape)
 
 
-def _gathered(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> _Rows:
+def gathered(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Rows:
+    """The rows in front whose label is not `ignore_index`, the others behind them."""
     flat = labels.reshape(-1)
     ignored = flat == ignore_index
     order = ignored.to(torch.uint8).argsort(stable=True)
     rows = h.reshape(-1, h.shape[-1])[order] if flat.numel() else h.reshape(0, h.shape[-1])
-    return _Rows(rows, weight, bias, flat[order], order, flat.numel() - ignored.sum())
+    return Rows(rows, weight, bias, flat[order], order, flat.numel() - ignored.sum())
 
 
-def _logits_tile(rows: int, cols: int, depth: int, dot: tl.dtype) -> Tile:
+def logits_block(rows: int, cols: int, depth: int, dot: tl.dtype) -> Tile:
     """The block of a program that holds logits and their exponentials: narrow, for both in registers."""
     tile = tile_for(rows, cols, depth, dot)
     narrow = min(tile.cols, 32 if dot == tl.float64 else 64)
@@ -213,17 +243,24 @@ def _logits_tile(rows: int, cols: int, depth: int, dot: tl.dtype) -> Tile:
 
 
 def linear_nll_forward(
-    h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The raw operator: h (*, d), weight (V, d), bias (V,), labels (*) -> (nll, lse), both (*).
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    room: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw operator: h (*, d), weight (V, d), bias (V,), labels (*) -> (nll, lse), both (*), and no logits kept.
 
     Scratch: a copy of h and `12 N splits` bytes (24 for float64), with at most 1024 / (N / block) splits.
     """
-    x = _gathered(h, weight, bias, labels, ignore_index)
+    x = gathered(h, weight, bias, labels, ignore_index)
     (n, d), vocabulary = x.h.shape, weight.shape[0]
     nll, lse = (h.new_empty(n, dtype=x.dtype) for _ in range(2))
     dot = dot_dtype(h, weight)
-    tile = _logits_tile(n, vocabulary, d, dot)
+    tile = logits_block(n, vocabulary, d, dot)
     blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(vocabulary, tile.cols)
     split_cols = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // max(blocks, 1)))) * tile.cols
     splits = triton.cdiv(vocabulary, split_cols)
@@ -233,12 +270,12 @@ def linear_nll_forward(
         with on_device(h):
             parts_kernel[(blocks * splits,)](
                 x.h, weight, bias, x.labels, x.kept, *parts, *x.logits(), n, vocabulary, d, splits,
-                split_cols, tile.rows, tile.cols, tile.depth, dot, acc, **tile.launch(),
+                split_cols, tile.rows, tile.cols, tile.depth, dot, acc, scale, softcap, **tile.launch(),
             )  # fmt: skip
             merge_kernel[(triton.cdiv(n, 128),)](
                 *parts, x.labels, x.kept, nll, lse, n, vocabulary, splits, 128, acc, **launch_options()
             )
-    return x.scatter(nll, labels.shape), x.scatter(lse, labels.shape)
+    return x.scatter(nll, labels.shape), x.scatter(lse, labels.shape), h.new_zeros(room, dtype=x.dtype)
 
 
 def linear_nll_backward(
@@ -248,7 +285,10 @@ def linear_nll_backward(
     bias: Tensor | None,
     labels: Tensor,
     lse: Tensor,
+    kept: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_h: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +296,7 @@ def linear_nll_backward(
 
     Scratch: a copy of h, d_h in the accumulation type, and 64 MB of P (at least 512 columns).
     """
-    x = _gathered(h, weight, bias, labels, ignore_index)
+    x = gathered(h, weight, bias, labels, ignore_index)
     n, (vocabulary, d) = x.h.shape[0], weight.shape
     upstream, lses = (t.reshape(-1)[x.order] for t in (grad, lse))
     d_h = x.h.new_zeros((n, d) if need_h else (0,), dtype=x.dtype)
@@ -271,28 +311,30 @@ def linear_nll_backward(
         with on_device(h):
             for begin in range(0, vocabulary, columns):
                 size = min(columns, vocabulary - begin)
-                _probabilities(x, upstream, lses, p, begin, size)
-                _add_gradients(
+                _probabilities(x, upstream, lses, p, begin, size, scale, softcap)
+                add_gradients(
                     x, p, d_h if need_h else None, d_weight if need_weight else None, d_bias, begin, size
                 )
     d_h = x.scatter(d_h.to(h.dtype), h.shape) if need_h else h.new_empty(0)
     return d_h, d_weight, weight.new_empty(0) if d_bias is None else d_bias
 
 
-def _probabilities(x: _Rows, grad: Tensor, lse: Tensor, p: Tensor, begin: int, size: int) -> None:
+def _probabilities(
+    x: Rows, grad: Tensor, lse: Tensor, p: Tensor, begin: int, size: int, scale: float, softcap: float
+) -> None:
     (n, d), vocabulary = x.h.shape, x.weight.shape[0]
     dot = dot_dtype(x.h, x.weight)
-    tile = _logits_tile(n, size, d, dot)
+    tile = logits_block(n, size, d, dot)
     col_tiles = triton.cdiv(size, tile.cols)
     probabilities_kernel[(triton.cdiv(n, tile.rows) * col_tiles,)](
         x.h, x.weight, x.bias, x.labels, x.kept, grad, lse, p, *x.logits(), vocabulary, d, begin,
         begin + size, p.stride(0), col_tiles, tile.rows, tile.cols, tile.depth, dot, acc_dtype(dot),
-        **tile.launch(),
+        scale, softcap, **tile.launch(),
     )  # fmt: skip
 
 
-def _add_gradients(
-    x: _Rows,
+def add_gradients(
+    x: Rows,
     p: Tensor,
     d_h: Tensor | None,
     d_weight: Tensor | None,
@@ -329,12 +371,15 @@ def linear_nll_sweep(
     bias: Tensor | None,
     labels: Tensor,
     ignore_index: int,
+    scale: float,
+    softcap: float,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw operator: both directions one after the other, which on this device costs the logits twice."""
-    nll, lse = linear_nll_forward(h, weight, bias, labels, ignore_index)
+    settings = ignore_index, scale, softcap
+    nll, lse, kept = linear_nll_forward(h, weight, bias, labels, *settings, 0)
     d_h, d_weight, d_bias = linear_nll_backward(
-        weights, h, weight, bias, labels, lse, ignore_index, True, need_weight
+        weights, h, weight, bias, labels, lse, kept, *settings, True, need_weight
     )
     return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0].clone()
 
@@ -342,11 +387,11 @@ def linear_nll_sweep(
 _ALIGNED: Final = ("features", "vocabulary", "h_r", "w_v", "p_r", "begin", "size", "split_cols", "rows_all")
 
 
-def _case(kernel: Any, tile: Tile, dot: tl.dtype, pointers: dict[str, str], **constants: Any) -> AotCase:
+def aot_case(kernel: Any, tile: Tile, dot: tl.dtype, pointers: dict[str, str], **constants: Any) -> AotCase:
     """A kernel on contiguous, aligned operands, at the tile of a large head."""
     names = kernel.arg_names
     fixed = {"h_d": 1, "w_d": 1, "b_v": 1, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth}
-    fixed |= {"DOT": dot, "ACC": acc_dtype(dot), **constants}
+    fixed |= {"DOT": dot, "ACC": acc_dtype(dot), "SCALE": 1.0, "SOFTCAP": 0.0, **constants}
     return AotCase(
         kernel,
         {
@@ -368,12 +413,12 @@ def _cases(dtype: str) -> tuple[AotCase, ...]:
     pointers = dict.fromkeys(("h", "weight", "bias", "d_weight", "d_bias"), dtype)
     pointers |= dict.fromkeys(("peaks", "masses", "picked", "lse", "grad", "d_h"), acc)
     pointers |= {"labels": "i64", "kept": "i64", "p": "bf16" if dtype == "bf16" else acc}
-    logits, product = _logits_tile(1024, 4096, 1024, dot), tile_for(1024, 4096, 1024, dot)
+    logits, product = logits_block(1024, 4096, 1024, dot), tile_for(1024, 4096, 1024, dot)
     return (
-        _case(parts_kernel, logits, dot, pointers),
-        _case(probabilities_kernel, logits, dot, pointers, bias=None),
-        _case(d_weight_kernel, product, dot, pointers),
-        _case(d_h_kernel, product, dot, pointers),
+        aot_case(parts_kernel, logits, dot, pointers),
+        aot_case(probabilities_kernel, logits, dot, pointers, bias=None, SCALE=2.0, SOFTCAP=30.0),
+        aot_case(d_weight_kernel, product, dot, pointers),
+        aot_case(d_h_kernel, product, dot, pointers),
     )
 
 

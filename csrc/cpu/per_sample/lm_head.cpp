@@ -43,7 +43,7 @@ Side side_of(const char* op, const Tensor& h, const Tensor& labels, const std::o
   } else {
     side.lse = torch::stable::new_empty(h, labels.sizes(), result_type(h));
     const Tensor nll = torch::stable::new_empty(h, labels.sizes(), result_type(h));
-    kernels().token_loss.nll_forward({head, nll.mutable_data_ptr(), side.lse.mutable_data_ptr()},
+    kernels().token_loss.nll_forward({head, nll.mutable_data_ptr(), side.lse.mutable_data_ptr(), nullptr, 0},
                                      pool_for(2 * logit_work(head)));
   }
   side.samples = {head, side.lse.const_data_ptr()};

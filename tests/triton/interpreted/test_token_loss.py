@@ -1,5 +1,7 @@
 """The Triton negative log-likelihoods and their gradients against the float64 reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,17 +29,22 @@ def doubled(arguments: tuple) -> tuple:
 
 
 def both(
-    module, arguments: tuple, grad: Tensor, need_h: bool = True, need_weight: bool = True
+    module,
+    arguments: tuple,
+    grad: Tensor,
+    need_h: bool = True,
+    need_weight: bool = True,
+    logits: tuple[float, float] = (1.0, 0.0),
 ) -> list[Tensor]:
-    nll, lse = module.linear_nll_forward(*arguments)
+    nll, lse, kept = module.linear_nll_forward(*arguments, *logits, 0)
     *inputs, ignore_index = arguments
     gradients = module.linear_nll_backward(
-        grad.to(nll.dtype), *inputs, lse, ignore_index, need_h, need_weight
+        grad.to(nll.dtype), *inputs, lse, kept, ignore_index, *logits, need_h, need_weight
     )
     return [nll, lse, *gradients]
 
 
-def check(arguments: tuple, **needs: bool) -> None:
+def check(arguments: tuple, **needs: Any) -> None:
     grad = randn(*arguments[3].shape, seed=4)
     actual, eager = both(kernels, arguments, grad, **needs), both(reference, arguments, grad, **needs)
     exact = both(reference, doubled(arguments), grad, **needs)
@@ -50,8 +57,10 @@ def check(arguments: tuple, **needs: bool) -> None:
 def test_sweep(need_weight: bool) -> None:
     arguments = make((2, 5), 7, 11)
     weights = randn(2, 5, seed=4)
-    actual, eager = (m.linear_nll_sweep(weights, *arguments, need_weight) for m in (kernels, reference))
-    exact = reference.linear_nll_sweep(weights.double(), *doubled(arguments), need_weight)
+    actual, eager = (
+        m.linear_nll_sweep(weights, *arguments, 1.0, 0.0, need_weight) for m in (kernels, reference)
+    )
+    exact = reference.linear_nll_sweep(weights.double(), *doubled(arguments), 1.0, 0.0, need_weight)
     for name, *tensors in zip(("nll", "d_h", "d_weight", "d_bias"), actual, exact, eager, strict=True):
         assert_as_exact_as(name, *tensors)
 
@@ -59,6 +68,12 @@ def test_sweep(need_weight: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(make((2, 5), 7, 11, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", [(0.5, 0.0), (2.0, 1.5)], ids=str)
+def test_scale_and_softcap(dtype: torch.dtype, logits: tuple[float, float]) -> None:
+    check(make((2, 5), 7, 11, dtype), logits=logits)
 
 
 @pytest.mark.parametrize("bias", [False, True])

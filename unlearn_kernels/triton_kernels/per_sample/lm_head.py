@@ -37,7 +37,7 @@ _BLOCK_BYTES: Final = 64 << 20
 class _Side(NamedTuple):
     """Tokens with those that do not count made harmless: h, upstream and Q are 0 there."""
 
-    rows: token_loss._Rows
+    rows: token_loss.Rows
     upstream: Tensor
     lse: Tensor
     shape: torch.Size
@@ -55,7 +55,7 @@ class _Side(NamedTuple):
             size = min(columns, vocabulary - begin)
             q = memory[: n * size].view(n, size)
             if n > 0:
-                token_loss._probabilities(self.rows, self.upstream, self.lse, q, begin, size)
+                token_loss._probabilities(self.rows, self.upstream, self.lse, q, begin, size, 1.0, 0.0)
             yield q.view(*self.shape, size)
 
 
@@ -69,14 +69,14 @@ def _side(
     ignore_index: int,
 ) -> _Side:
     if lse is None:
-        _, lse = token_loss.linear_nll_forward(h, weight, bias, labels, ignore_index)
+        _, lse, _ = token_loss.linear_nll_forward(h, weight, bias, labels, ignore_index, 1.0, 0.0, 0)
     gone = labels == ignore_index
     upstream = torch.ones_like(lse) if upstream is None else upstream
     rows = h.masked_fill(gone.unsqueeze(-1), 0).reshape(-1, h.shape[-1])
     flat = labels.masked_fill(gone, 0).reshape(-1)
     kept = torch.full((), flat.numel(), dtype=torch.int64, device=h.device)
     return _Side(
-        token_loss._Rows(rows, weight, bias, flat, flat, kept),
+        token_loss.Rows(rows, weight, bias, flat, flat, kept),
         upstream.masked_fill(gone, 0).reshape(-1),
         lse.masked_fill(gone, float("inf")).reshape(-1),
         labels.shape,
