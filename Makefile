@@ -31,17 +31,14 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.test $(VENV)/.built ## write the README's operator table, then check examples and links
+docs: $(VENV)/.test $(VENV)/.built ## write the README's tables, then check examples and links
 	$(BIN)/python docs/operator_table.py --write
+	PYTHONPATH=. $(BIN)/python docs/results_table.py --write
 	$(BIN)/python -m pytest -q tests/packaging/test_docs.py
 
 # A GPU machine brings its own torch and Triton, so this target uses $(PYTHON) as it is and makes no .venv.
-gpu: ## on a GPU machine with its own torch: build, run the GPU tests, write benchmarks/results/<device>.json
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m unlearn_kernels
-	$(PYTHON) -m pytest -m gpu $(ARGS)
-	$(PYTHON) -m benchmarks run --device cuda --json \
-	  "benchmarks/results/$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').json"
+gpu: ## on a GPU machine with its own torch: build, test, benchmark, write results (ARGS="surgery --resume")
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

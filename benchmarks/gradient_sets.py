@@ -21,10 +21,21 @@ def gpt2(vocabulary: int = 50257, width: int = 768, layers: int = 12, context: i
     return ((vocabulary, width), (context, width), *(block * layers), (width,), (width,))
 
 
+def gpt2_half() -> Shapes:
+    """Half the layers and half the vocabulary: 76 tensors, 62.6 M elements, four sets of which fit in 2 GB."""
+    return gpt2(vocabulary=25128, layers=6)
+
+
 def lora(width: int = 4096, hidden: int = 11008, layers: int = 32, rank: int = 16) -> Shapes:
     """LoRA factors on the seven linear layers of a Llama-2: 448 tensors, 40.0 M elements for the 7B."""
     into_out = [(width, width)] * 4 + [(width, hidden)] * 2 + [(hidden, width)]
     return tuple(s for d, p in into_out for s in ((rank, d), (p, rank))) * layers
+
+
+def sd15_kv() -> Shapes:
+    """Keys and values of the cross-attention of Stable Diffusion 1.5: 32 tensors, 19.2 M elements."""
+    widths = [320] * 10 + [640] * 10 + [1280] * 12
+    return tuple((width, 768) for width in widths)
 
 
 def elements(shapes: Shapes) -> int:

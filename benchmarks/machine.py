@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with `+` when the tree differs from it in more than results; None outside a
-    repository."""
+    """The commit of the source tree, with `+` when the tree differs from it in more than results.
+
+    Outside a repository it is what `BENCHMARK_COMMIT` says, or None.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -49,7 +52,7 @@ def commit() -> str | None:
             "+" if git("status", "--porcelain", "--", ".", ":!benchmarks/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("BENCHMARK_COMMIT")
 
 
 def cpu() -> dict[str, Any]:
@@ -105,3 +108,8 @@ def name(device: str) -> str:
         return torch.cuda.get_device_name()
     facts = cpu()
     return f"{facts['model']} (family {facts['family']}), {facts['cores']} cores"
+
+
+def slug(device: str) -> str:
+    """The machine's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name(device).lower()).strip("-")

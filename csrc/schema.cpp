@@ -47,11 +47,34 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
       "lm_head_tied_dots(Tensor ids, Tensor g, Tensor h, Tensor labels, Tensor? upstream, Tensor? lse, Tensor weight, "
       "Tensor? bias, int padding_idx, int ignore_index) -> Tensor");
 
-  // Tensors of set 0 first, then those of set 1, and so on.
-  m.def("gramian(Tensor[] tensors, int sets) -> Tensor");
-  m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights) -> ()");
-  // rule: 0 A-GEM. Returns the Gramian (2, 2) and the weights (2,) of forget and retain.
-  m.def("project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule) -> (Tensor, Tensor)");
+  // Tensors of set 0 first, then those of set 1, and so on. scope: 0 global, 1 group, 2 tensor, 3 row; the results
+  // of all but the first have one more dimension. groups: for scope 1, the group of each tensor of a set.
+  m.def("gramian(Tensor[] tensors, int sets, int scope=0, int[] groups=[]) -> Tensor");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] tensors, Tensor weights, int scope=0, int[] groups=[]) -> ()");
+  // rule: agem, pcgrad, gru, blur, gdr_gma, doco, sago, graddrop. scope: as above, or 4 element. options: gamma, alpha,
+  // eps, lam, cosine_clip, max_norm, max_result_norm, leak of forget, leak of retain. flags: 1 compat, 2 upper, 4 the
+  // retain gradient is kept where signs agree, 8 skip a non-finite step. Returns Gramians and weights of (forget,
+  // retain), or for the scope of elements the share of conflicts of each tensor.
+  m.def(
+      "project_conflict_(Tensor(a!)[] forget, Tensor[] retain, int rule, int scope, int[] groups, float[] options, "
+      "int flags, int seed) -> (Tensor, Tensor, Tensor)");
+  // counts: elements of each mask, or (by_tensor) of each tensor mask by mask. bits: 8 elements a byte, lowest first.
+  m.def("topk_mask(Tensor[] tensors, int[] counts, bool by_tensor, bool bits) -> Tensor[]");
+  m.def("apply_mask_(Tensor(a!)[] tensors, Tensor[] masks) -> ()");
+  // gradients: set by set. groups (G, 6): lr, beta1, beta2, eps, weight decay, and the sign of the gradient; group_of:
+  // of each parameter. Nothing is written where a weight is not finite. stochastic: rounding of bfloat16 parameters.
+  m.def(
+      "surgical_adamw_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+      "Tensor[] gradients, Tensor weights, Tensor groups, int[] group_of, bool stochastic, int seed) -> ()");
+  // Inner products of sets in the metric 1 / (sqrt(scale v) + eps); scales (N,) float64
+  m.def("weighted_gramian(Tensor[] tensors, int sets, Tensor[] seconds, Tensor scales, float eps) -> Tensor");
+  // int8 codes of each tensor and float32 scales of blocks of 256 elements, in the order of the indices
+  m.def("compress(Tensor[] tensors) -> (Tensor[], Tensor[])");
+  m.def("decompress_(Tensor(a!)[] out, Tensor[] codes, Tensor[] scales) -> ()");
+  // project_conflict_ with a compressed retain gradient
+  m.def(
+      "project_conflict_compressed_(Tensor(a!)[] forget, Tensor[] codes, Tensor[] scales) -> "
+      "(Tensor, Tensor)");
   // Where writing to `out` would reach memory held by another tensor: indices into `out` and `tensors`, or -1.
   m.def("find_clash(Tensor[] out, Tensor[] tensors) -> (int, int)");
 

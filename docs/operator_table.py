@@ -34,7 +34,7 @@ def _cells(operator: Operator) -> Iterator[str]:
         elif backend == "cpp":
             yield "yes"
         else:
-            yield "yes" if (operator.name, backend) in runs else "unverified"
+            yield runs.get((operator.name, backend), _diagnose.NEVER_RUN)
 
 
 def current() -> str:

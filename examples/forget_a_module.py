@@ -29,7 +29,7 @@ from forget.worker import Setup, backend
 
 import unlearn_kernels
 
-PROJECTED = 1024  # coordinates of a projected gradient
+PROJECTED = 512  # coordinates of a projected gradient
 
 
 def positive(text: str) -> int:

@@ -19,7 +19,7 @@ from unlearn_kernels._backends import BACKENDS, REGISTRY, Operator
 
 _PACKAGE: Final = Path(__file__).parent
 _GPU_BACKENDS: Final = ("triton", "cuda")
-NEVER_RUN: Final = "never run on hardware"
+NEVER_RUN: Final = "compiled, not run"
 
 
 def collect() -> dict[str, Any]:
@@ -142,13 +142,14 @@ def _cell(operator: Operator, backend: str, evidence: Mapping[tuple[str, str], s
 
 
 def gpu_runs() -> dict[tuple[str, str], str]:
-    """Device and date at which an operator's GPU path ran and was right, from the benchmark results."""
+    """Device, date and commit at which an operator's GPU path ran and was right, from the benchmark results."""
     runs: dict[tuple[str, str], str] = {}
     for path in _result_files():
         for row in json.loads(path.read_text()).get("rows", []):
             if (row["device"], row["role"], row["status"]) == ("cuda", "ours", "ok"):
                 backend = next((b for b in _GPU_BACKENDS if b in row["provider"]), "triton")
-                runs |= {(op, backend): f"{row['machine']}, {row['date'][:10]}" for op in row["ops"]}
+                seen = f"{row['machine']}, {row['date'][:10]}, {str(row['commit'])[:7]}"
+                runs |= {(op, backend): seen for op in row["ops"]}
     return runs
 
 

@@ -82,8 +82,13 @@ def register_operator(
     return register(Operator(name, family, formula, impls, differentiable))
 
 
+# The Triton launcher of each raw operator, for those who run launchers without a GPU.
+LAUNCHERS: Final[dict[str, Callable[..., Any]]] = {}
+
+
 def register_raw(op: str, fake: Callable[..., Any] | None, cuda: Callable[..., Any] | None) -> None:
     """Gives a raw operator its fake and its CUDA kernel. The dispatcher keeps one kernel a key: bound here only."""
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake or (lambda *args: None))
     if cuda is not None:
         torch.library.impl(f"{NAMESPACE}::{op}", "CUDA")(cuda)
+        LAUNCHERS[op] = cuda

@@ -113,7 +113,47 @@ def _combine(dtype: torch.dtype, device: str) -> Arguments:
 
 def _project_conflict(dtype: torch.dtype, device: str) -> Arguments:
     tensors = _tensors(dtype, device)
-    return tensors[:2], [-x for x in tensors[:1]] + tensors[3:], 0
+    options = [1.0, 0.0, 0.0, 1.0, float("inf"), float("inf"), float("inf"), 0.0, 0.0]
+    return tensors[:2], [-x for x in tensors[:1]] + tensors[3:], 0, 0, [], options, 0, 0
+
+
+def _topk_mask(dtype: torch.dtype, device: str) -> Arguments:
+    return _tensors(dtype, device), [0, 9, 20], False, True
+
+
+def _apply_mask(dtype: torch.dtype, device: str) -> Arguments:
+    tensors = _tensors(dtype, device)
+    return tensors, [randn(*x.shape, seed=8, device=device) > 0 for x in tensors]
+
+
+def _surgical_adamw(dtype: torch.dtype, device: str) -> Arguments:
+    tensors = [randn(6, seed=i, dtype=dtype, device=device) for i in range(10)]
+    params, first, second, gradients = tensors[:2], tensors[2:4], tensors[4:6], tensors[6:]
+    steps = [torch.full((1,), 3.0, device=device) for _ in params]
+    weights = torch.tensor([1.0, -0.5], dtype=torch.float64, device=device)
+    groups = torch.tensor([[0.01, 0.9, 0.99, 1e-3, 0.1, -1.0]] * 2, dtype=torch.float64, device=device)
+    return params, first, [x.square() for x in second], steps, gradients, weights, groups, [1, 0], False, 5
+
+
+def _weighted_gramian(dtype: torch.dtype, device: str) -> Arguments:
+    tensors = _tensors(dtype, device)
+    scales = torch.tensor([1.5, 2.0], dtype=torch.float64, device=device)
+    return tensors, 2, [x.square() for x in tensors[:2]], scales, 1e-2
+
+
+def _compress(dtype: torch.dtype, device: str) -> Arguments:
+    return (_tensors(dtype, device),)
+
+
+def _compressed(dtype: torch.dtype, device: str) -> Arguments:
+    tensors = _tensors(dtype, device)[:2]
+    codes = [(40 * randn(*x.shape, seed=8, device=device)).clamp(-127, 127).to(torch.int8) for x in tensors]
+    return tensors, codes, [torch.full((1,), 0.05, device=device) for _ in tensors]
+
+
+def _project_conflict_compressed(dtype: torch.dtype, device: str) -> Arguments:
+    tensors, codes, scales = _compressed(dtype, device)
+    return [x - 0.1 * c for x, c in zip(tensors, codes, strict=True)], codes, scales
 
 
 def _rademacher_project(dtype: torch.dtype, device: str) -> Arguments:
@@ -194,6 +234,13 @@ SAMPLES: Final[dict[str, Maker]] = {
     "gramian": _gramian,
     "combine": _combine,
     "project_conflict": _project_conflict,
+    "topk_mask": _topk_mask,
+    "apply_mask": _apply_mask,
+    "surgical_adamw": _surgical_adamw,
+    "weighted_gramian": _weighted_gramian,
+    "compress": _compress,
+    "decompress": _compressed,
+    "project_conflict_compressed": _project_conflict_compressed,
     "rademacher_project": _rademacher_project,
     "topk": _topk,
     "linear_nll": _linear_nll,

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Standard normal numbers, rounded to `dtype`; the same on every device."""
+def randn(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | None = None
+) -> Tensor:
+    """Standard normal numbers, rounded to `dtype`; the same on every device. None is torch's default device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+    return numbers.to(torch.get_default_device() if device is None else device)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

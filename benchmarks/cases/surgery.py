@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gradient_sets
-from benchmarks.gradient_sets import Sets, Shapes, deviation, elements, gpt2, lora
+from benchmarks.gradient_sets import Sets, Shapes, deviation, elements, gpt2, lora, sd15_kv
 from benchmarks.peers import plain_surgery, torchjd
 from benchmarks.peers.compiled import compiled
 from benchmarks.registry import Call, Case, Provider, register
@@ -198,4 +198,5 @@ for _dtype in (torch.float32, torch.bfloat16):
         _small = _case(_verb, "small", gpt2(2048, 128, 2, 128), _K, _dtype, None)
         _case(_verb, "lora-llama2-7b", lora(), _K, _dtype, _small)
         if _verb == "project_conflict":
+            _case(_verb, "sd15-kv", sd15_kv(), _K, _dtype, _small)
             _case(_verb, "gpt2-124m", gpt2(), _K, _dtype, _small)

@@ -55,3 +55,28 @@ def combine_by_foreach_(sets: Sequence[list[Tensor]], weights: list[float]) -> N
     torch._foreach_mul_(sets[0], weights[0])
     for weight, group in zip(weights[1:], sets[1:], strict=True):
         torch._foreach_add_(sets[0], group, alpha=weight)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % 256)).view(-1, 256)
+
+
+def compress(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """int8 codes and a float32 scale for every 256 elements."""
+    codes, scales = [], []
+    for x in tensors:
+        blocks = _blocks(x.float())
+        scale = blocks.abs().amax(1, keepdim=True) / 127
+        rounded = (blocks / scale.clamp(min=1e-30)).round().to(torch.int8)
+        codes.append(rounded.reshape(-1)[: x.numel()].view(x.shape))
+        scales.append(scale)
+    return codes, scales
+
+
+def decompressed(codes: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
+    """The float32 tensors that they stand for."""
+    return [
+        (_blocks(code) * scale).reshape(-1)[: code.numel()].view(code.shape)
+        for code, scale in zip(codes, scales, strict=True)
+    ]

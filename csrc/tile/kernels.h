@@ -11,6 +11,11 @@
 #include "tile/per_sample/lm_head.h"
 #include "tile/per_sample/norm.h"
 #include "tile/surgery.h"
+#include "tile/surgery_adamw.h"
+#include "tile/surgery_compressed.h"
+#include "tile/surgery_elements.h"
+#include "tile/surgery_masks.h"
+#include "tile/surgery_metric.h"
 #include "tile/token_loss.h"
 #include "tile/token_rows.h"
 
@@ -35,6 +40,11 @@ namespace uk {
   X(__VA_ARGS__, PerSampleNorm, per_sample_norm)         \
   X(__VA_ARGS__, PerSampleConv, per_sample_conv)         \
   X(__VA_ARGS__, Surgery, surgery)                       \
+  X(__VA_ARGS__, SurgeryAdamw, surgery_adamw)            \
+  X(__VA_ARGS__, SurgeryCompressed, surgery_compressed)  \
+  X(__VA_ARGS__, SurgeryMasks, surgery_masks)            \
+  X(__VA_ARGS__, SurgeryMetric, surgery_metric)          \
+  X(__VA_ARGS__, SurgeryElements, surgery_elements)      \
   X(__VA_ARGS__, Influence, influence)                   \
   X(__VA_ARGS__, TokenLoss, token_loss)                 \
   X(__VA_ARGS__, TokenRows, token_rows)

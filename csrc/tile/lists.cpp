@@ -85,7 +85,8 @@ int64_t elements_of(const View& v) {
 
 }  // namespace
 
-TensorLists::TensorLists(const std::vector<View>& views, int64_t lists) : lists_(lists) {
+TensorLists::TensorLists(const std::vector<View>& views, int64_t lists, const std::vector<Segment>& segments)
+    : lists_(lists) {
   const int64_t count = lists > 0 ? int64_t(views.size()) / lists : 0;
   positions_.reserve(count);
   data_.reserve(views.size());  // positions point into these two: they must not grow
@@ -93,7 +94,7 @@ TensorLists::TensorLists(const std::vector<View>& views, int64_t lists) : lists_
   std::vector<const View*> here(lists);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t k = 0; k < lists; ++k) here[k] = &views[k * count + i];
-    if (elements_of(*here[0]) > 0) add(here);
+    if (elements_of(*here[0]) > 0) add(here, segments.empty() ? Segment{} : segments[i]);
   }
   const int64_t* geometry = geometry_.data();
   for (Position& p : positions_) {
@@ -103,8 +104,12 @@ TensorLists::TensorLists(const std::vector<View>& views, int64_t lists) : lists_
   }
 }
 
-void TensorLists::add(const std::vector<const View*>& views) {
+void TensorLists::add(const std::vector<const View*>& views, const Segment& segment) {
   Position p{};
+  p.segment = segment.index;
+  p.row = segment.row;
+  p.block = kBlockBytes / size_of(views[0]->dtype);
+  if (p.row > 0) p.block = std::max<int64_t>(1, p.block / p.row) * p.row;
   p.data = data_.data() + data_.size();
   p.dtypes = dtypes_.data() + dtypes_.size();
   p.elements = elements_of(*views[0]);

@@ -7,7 +7,8 @@
 namespace uk {
 
 constexpr int64_t kRun = 1024;        // elements that are read, and summed in the accumulation type, at once
-constexpr int64_t kRunsPerBlock = 16;  // runs of a task
+constexpr int64_t kRunsPerBlock = 16;  // runs of a task, where they are tiles
+constexpr int64_t kBlockBytes = 128 << 10;  // of a task in the first list, where it is flat
 
 // A tensor as torch describes it.
 struct View {
@@ -26,7 +27,10 @@ struct Position {
   const Dtype* dtypes;
   int64_t elements;
   int64_t runs;
+  int64_t block;        // elements of a task, if flat: whole rows where each row is a segment
   int64_t first_block;  // blocks of the positions before
+  int64_t segment;      // which sum it belongs to, or its first row does
+  int64_t row;          // elements of a row that is a segment of its own; 0: the position is in one segment
   bool flat;
   bool uniform;   // one dtype
   bool has_f64;
@@ -35,7 +39,9 @@ struct Position {
   const int64_t* strides;    // (lists, dims), in elements
   int64_t tile_rows, tile_cols;
 
-  int64_t blocks() const { return (runs + kRunsPerBlock - 1) / kRunsPerBlock; }
+  int64_t blocks() const {
+    return flat ? (elements + block - 1) / block : (runs + kRunsPerBlock - 1) / kRunsPerBlock;
+  }
 };
 
 // What the kernels see: lists of tensors, cut into blocks that are handed out as tasks.
@@ -55,11 +61,18 @@ struct Walk {
   }
 };
 
+// Which segment the tensors of a position are summed in.
+struct Segment {
+  int64_t index = 0;
+  int64_t row = 0;  // as in Position: the segments from `index` on are rows of so many adjacent elements
+};
+
 // What a walk points into. Not to be moved.
 class TensorLists {
  public:
-  // Takes views[list * count + i] together for each i; shapes must agree within an i.
-  TensorLists(const std::vector<View>& views, int64_t lists);
+  // Takes views[list * count + i] together for each i; shapes must agree within an i. segments: one for each i,
+  // or none for one segment. Those with rows are contiguous in every list.
+  TensorLists(const std::vector<View>& views, int64_t lists, const std::vector<Segment>& segments = {});
   TensorLists(const TensorLists&) = delete;
   TensorLists& operator=(const TensorLists&) = delete;
 
@@ -67,7 +80,7 @@ class TensorLists {
   int64_t bytes() const;
 
  private:
-  void add(const std::vector<const View*>& views);
+  void add(const std::vector<const View*>& views, const Segment& segment);
 
   int64_t lists_, blocks_ = 0;
   std::vector<Position> positions_;

@@ -81,6 +81,15 @@ inline Words round_number(Vec<float> v) {
 }
 inline Words round_to_bf16(Vec<float> v) { return v == v ? round_number(v) : (Words)v | 0x400000; }
 
+// Words of the upper halves of `low` below those of `high`.
+inline Words upper_halves(Words low, Words high) {
+#if UK_X86 && UK_BITS == 256
+  return (Words)_mm256_blend_epi16((__m256i)(low >> 16), (__m256i)high, 0xaa);
+#else
+  return (low >> 16) | (high & 0xffff0000u);
+#endif
+}
+
 // Whether some lane of either is NaN.
 inline bool any_nan(Vec<float> a, Vec<float> b) {
 #if UK_X86 && UK_BITS == 512
@@ -142,7 +151,7 @@ inline void store_group(S* p, const Vec<T>* x) {
       low = round_to_bf16(x[0]);
       high = round_to_bf16(x[1]);
     }
-    *reinterpret_cast<WordsInMemory*>(p) = (low >> 16) | (high & 0xffff0000u);
+    *reinterpret_cast<WordsInMemory*>(p) = upper_halves(low, high);
   } else {
     store_as<S, T>(p, x[0]);
   }

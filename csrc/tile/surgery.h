@@ -4,17 +4,21 @@
 
 namespace uk {
 
-// (lists, lists) inner products of the lists, each taken as one long vector.
+// Inner products of the lists, over the blocks [begin, end).
 struct Gramian {
   Walk walk;
-  double* out;
+  int64_t begin, end;
+  double* sums;  // (segments, pairs), pairs (a, b) with a <= b row by row; added to, rows are overwritten
+  double* parts;  // (end - begin, pairs) to leave the sums of the blocks in instead; null otherwise. Not for rows
 };
 
-// List 0 is written: sum over k of weights[k] * list (first + k).
+// List 0 is written: sum over k of weights[segment][k] * list (first + k), over the blocks [begin, end).
 struct Combine {
   Walk walk;
+  int64_t begin, end;
   int64_t first;  // 0 where list 0 is itself a term, otherwise 1
-  const double* weights;
+  const double* weights;  // (segments, terms)
+  bool sparing;  // with first = 0: terms of weight 0 are not read, and weights (1, 0, ...) write nothing
 };
 
 struct SurgeryKernels {

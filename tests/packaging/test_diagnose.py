@@ -62,7 +62,7 @@ def test_every_operator_has_a_sample() -> None:
     assert SAMPLES.keys() == REGISTRY.keys()
 
 
-def test_gpu_path_is_unverified_until_a_result_says_otherwise(
+def test_gpu_path_is_called_not_run_until_a_result_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = {
@@ -72,14 +72,14 @@ def test_gpu_path_is_unverified_until_a_result_says_otherwise(
         "provider": "unlearn_kernels",
         "ops": ["linear_sqnorms"],
     }
-    row |= {"machine": "Some GPU", "date": "2026-01-02T03:04Z"}
+    row |= {"machine": "Some GPU", "date": "2026-01-02T03:04Z", "commit": "0123456789ab"}
     other = [row | {"status": "WRONG", "ops": ["gramian"]}, row | {"device": "cpu", "ops": ["topk"]}]
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps({"rows": [row, *other]}))
     monkeypatch.setattr(_diagnose, "_result_files", lambda: [])
     assert _diagnose.operators()["linear_sqnorms"]["triton"]["hardware"] == _diagnose.NEVER_RUN
     monkeypatch.setattr(_diagnose, "_result_files", lambda: [path])
-    assert _diagnose.gpu_runs() == {("linear_sqnorms", "triton"): "Some GPU, 2026-01-02"}
+    assert _diagnose.gpu_runs() == {("linear_sqnorms", "triton"): "Some GPU, 2026-01-02, 0123456"}
 
 
 def sources() -> list[Path]:

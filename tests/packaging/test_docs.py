@@ -49,6 +49,12 @@ def test_operator_table_is_the_registrys() -> None:
     assert script["current"]() == script["table"](), "run `make docs`"
 
 
+def test_results_table_is_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    script = runpy.run_path(str(ROOT / "docs" / "results_table.py"))
+    assert script["current"]() == script["written"](), "run `make docs`"
+
+
 def test_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     missing = [p.name for p in (ROOT / "docs").rglob("*.md") if p.name != "index.md" and p.name not in index]

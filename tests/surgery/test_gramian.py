@@ -169,8 +169,10 @@ def test_errors_name_the_argument() -> None:
     for message, sets in cases:
         with pytest.raises(ValueError, match=message):
             surgery.gramian(sets)
-    with pytest.raises(ValueError, match="scope must be 'global', got 'tensor'"):
-        surgery.gramian([[x]], scope="tensor")
+    with pytest.raises(
+        ValueError, match="scope must be 'global' or 'group' or 'tensor' or 'row', got 'layer'"
+    ):
+        surgery.gramian([[x]], scope="layer")
 
 
 @pytest.mark.slow

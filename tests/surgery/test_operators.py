@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from tests.surgery.lists import agem, clones, flat, gradients
 from unlearn_kernels import BackendError, _ops, surgery, use_backend
@@ -25,7 +26,16 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     return {
         "gramian": ([*first, *second], 2),
         "combine_": (first, [*first, *second], torch.tensor([0.5, 2.0], dtype=torch.float64)),
-        "project_conflict_": (first, second, 0),
+        "project_conflict_": (
+            first,
+            second,
+            0,
+            0,
+            [],
+            [1.0, 0.0, 0.0, 1.0, *[float("inf")] * 3, 0.0, 0.0],
+            0,
+            0,
+        ),
     }[name]
 
 
@@ -39,8 +49,7 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 def test_fakes_tell_shapes_and_dtypes(name: str) -> None:
     real = _ops.raw(name)(*arguments(name))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        made = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments(name)]
-        made = [[mode.from_tensor(x) for x in a] if isinstance(a, list) else a for a in arguments(name)]
+        made = tree_map_only(Tensor, mode.from_tensor, arguments(name))
         fake = _ops.raw(name)(*made)
     pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (real, fake)), strict=True)
     assert all((r.shape, r.dtype, r.device) == (f.shape, f.dtype, f.device) for r, f in pairs)
@@ -79,7 +88,10 @@ def test_every_instruction_set(isa: str) -> None:
         pytest.skip(f"this processor has no {isa}")
     assert found.stdout.strip() == isa, found.stderr
     chosen = "float64 or mixed or odd_sizes or strides or in_range or halves or non_finite or as_defined"
-    files = [f"tests/surgery/test_{name}.py" for name in ("gramian", "combine", "conflict")]
+    chosen += " or by_itself or loop"
+    files = [
+        f"tests/surgery/test_{name}.py" for name in ("gramian", "combine", "conflict", "scopes", "elements")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -12,10 +12,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton
+
+from benchmarks import compiled as evidence
 from unlearn_kernels.triton_kernels import aot
 
 CASES = {case.name: case for case in aot.cases()}
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = evidence.CAPABILITIES
+BEFORE = evidence.recorded()
 Results = dict[tuple[str, int], Future[aot.Compiled]]
 
 
@@ -39,7 +43,25 @@ def test_compiles(name: str, capability: int, compiled: Results) -> None:
     assert result.registers <= 255
     assert result.shared_bytes <= aot.SHARED_LIMITS[capability]
     assert case.spills or result.spilled_bytes <= aot.PARKED_BYTES
-    assert not case.tensor_cores or result.tensor_core_instructions > 0
+    assert not case.tensor_cores or result.tensor_cores > 0
+    if BEFORE["triton"] == triton.__version__ and name in BEFORE["kernels"]:
+        before = aot.Compiled(**BEFORE["kernels"][name][f"sm_{capability}"])
+        assert not list(evidence.losses(name, f"sm_{capability}", before, result))
+
+
+def test_the_evidence_is_of_these_kernels() -> None:
+    assert evidence.missing(BEFORE["kernels"]) is None
+
+
+def test_losses_are_seen() -> None:
+    before, spilling, scalar = (
+        aot.Compiled(64, spilled, 0, 0, wgmma, 0) for spilled, wgmma in ((0, 8), (64, 8), (0, 0))
+    )
+    assert not list(evidence.losses("k", "sm_90", before, before))
+    assert [*evidence.losses("k", "sm_90", before, spilling)] == ["k on sm_90 spills 64 B, 0 B before"]
+    assert [*evidence.losses("k", "sm_90", before, scalar)] == [
+        "k on sm_90 has lost its wgmma.mma_async instructions"
+    ]
 
 
 def test_a_misnamed_argument_is_refused() -> None:

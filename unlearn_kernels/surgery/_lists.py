@@ -1,7 +1,7 @@
 """Checks of gradient lists, shared by the surgery operators."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from unlearn_kernels import _loader, _ops
 from unlearn_kernels._backends import FLOATS, REGISTRY, Backend, select
 
 T = TypeVar("T")
+Scope = Literal["global", "group", "tensor", "row"]
+SCOPES: Final = {"global": 0, "group": 1, "tensor": 2, "row": 3}  # as the raw operators number them
 
 
 def names_of(sets: Sequence[Any]) -> list[str]:
@@ -125,9 +127,29 @@ def _clash(out: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[int, int] | N
     return None if i < 0 else (i, j)
 
 
-def check_scope(scope: str) -> None:
-    """Raises ValueError for a scope that does not exist."""
-    check_choice("scope", scope, ("global",))
+def group_numbers(scope: str, groups: Sequence[Hashable] | None, count: int) -> list[int]:
+    """The number of each tensor's group, in the order of first appearance; none for another scope.
+
+    Raises:
+        ValueError: if `groups` has no label for each of `count` tensors, or is not what the scope asks for.
+    """
+    if (groups is not None) != (scope == "group"):
+        raise ValueError(f"groups must be given for scope 'group' and for no other, got scope {scope!r}")
+    if groups is None:
+        return []
+    if len(groups) != count:
+        raise ValueError(f"groups must have one label for each of {count} tensors, got {len(groups)}")
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(label, len(numbers)) for label in groups]
+
+
+def segments(scope: int, tensors: Sequence[Tensor], groups: Sequence[int]) -> int:
+    """How many segments the raw operators make of a list."""
+    if scope == SCOPES["group"]:
+        return max(groups) + 1
+    if scope == SCOPES["row"]:
+        return sum(x.shape[0] if x.dim() > 1 else 1 for x in tensors)
+    return len(tensors) if scope == SCOPES["tensor"] else 1
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

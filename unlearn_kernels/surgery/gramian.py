@@ -1,7 +1,6 @@
 """Inner products of gradient sets."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,18 +9,19 @@ from unlearn_kernels import _ops
 from unlearn_kernels._backends import Backend
 from unlearn_kernels.reference import surgery as reference
 from unlearn_kernels.surgery import _lists
-
-Scope = Literal["global"]
-
-
-def _fake(tensors: Sequence[Tensor], sets: int) -> Tensor:
-    return tensors[0].new_empty((sets, sets), dtype=torch.float64)
+from unlearn_kernels.surgery._lists import SCOPES, Scope
 
 
-def _triton(tensors: Sequence[Tensor], sets: int) -> Tensor:
+def _fake(tensors: Sequence[Tensor], sets: int, scope: int = 0, groups: Sequence[int] = ()) -> Tensor:
+    segments = _lists.segments(scope, tensors[: len(tensors) // sets], groups)
+    shape = (segments, sets, sets) if scope else (sets, sets)
+    return tensors[0].new_empty(shape, dtype=torch.float64)
+
+
+def _triton(tensors: Sequence[Tensor], sets: int, scope: int = 0, groups: Sequence[int] = ()) -> Tensor:
     from unlearn_kernels.triton_kernels import surgery as kernels
 
-    return kernels.gramian(tensors, sets)
+    return kernels.gramian(tensors, sets, scope, groups)
 
 
 _ops.register_operator(
@@ -35,7 +35,11 @@ _ops.register_operator(
 
 
 def gramian(
-    sets: Sequence[Sequence[Tensor]], *, scope: Scope = "global", backend: Backend | None = None
+    sets: Sequence[Sequence[Tensor]],
+    *,
+    scope: Scope = "global",
+    groups: Sequence[Hashable] | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Inner products of K gradients, each a list of tensors taken as one long vector, in one pass.
 
@@ -44,25 +48,31 @@ def gramian(
     Args:
         sets: K lists of N tensors. Shapes agree across the sets; dtypes (float32, float64, bfloat16,
             float16) and strides need not.
-        scope: `global`, one Gramian over all tensors.
+        scope: what one Gramian goes over: `global`, all tensors; `group`, those of one label; `tensor`, one;
+            `row`, one index of a tensor's first dimension (a vector is one row).
+        groups: for the scope `group`, a label for each of the N tensors.
         backend: see `unlearn_kernels.use_backend`.
 
     Returns:
-        (K, K) float64, symmetric, on the device of the tensors. Sums of up to 1024 products in float32
-        (float64 where a tensor is), beyond that in float64; the same bits at every number of threads.
-        Squares neither overflow nor underflow. NaN and Inf pass through. Not differentiable.
+        (K, K) float64, symmetric, on the device of the tensors; for the other scopes (S, K, K), S being the
+        number of labels in the order of their first appearance, N, or the number of rows of all tensors. Sums
+        of up to 1024 products in float32 (float64 where a tensor is), beyond that in float64; the same bits at
+        every number of threads. Squares neither overflow nor underflow. NaN and Inf pass through. Not
+        differentiable.
 
     Raises:
-        ValueError: if there is no set, lengths, shapes, dtypes or devices do not fit, or `scope` is
-        unknown.
+        ValueError: if there is no set, lengths, shapes, dtypes or devices do not fit, `scope` is unknown, or
+        `groups` does not fit.
 
     Scratch: `8 K (K + 1) / 2` bytes for every 16384 elements and `8192 K` bytes a thread.
     """
-    _lists.check_scope(scope)
+    _lists.check_choice("scope", scope, tuple(SCOPES))
     if not sets:
         raise ValueError("sets must hold at least one list of tensors, got none")
+    numbers = _lists.group_numbers(scope, groups, len(sets[0]))
     if not any(sets):
-        return torch.zeros(len(sets), len(sets), dtype=torch.float64)
+        leading = () if scope == "global" else (0,)
+        return torch.zeros(*leading, len(sets), len(sets), dtype=torch.float64)
     call = _lists.kernel("gramian", backend, _lists.names_of(sets), sets)
     with torch.no_grad():
-        return call([x for tensors in sets for x in tensors], len(sets))
+        return call([x for tensors in sets for x in tensors], len(sets), SCOPES[scope], numbers)

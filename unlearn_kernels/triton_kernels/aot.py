@@ -25,7 +25,8 @@ SHARED_LIMITS: Final = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES: Final = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
 # ptxas may park a scalar outside the loops to reach an occupancy that it likes; more than that is a spill.
 PARKED_BYTES: Final = 16
-_TENSOR_CORE: Final = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+# The instructions of the tensor cores, in the order in which GPUs learnt them.
+TENSOR_CORES: Final = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,19 @@ class AotCase:
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a kernel."""
+    """What the compiler made of a kernel; the last three are numbers of instructions."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    tensor_core_instructions: int
+    mma: int
+    wgmma: int
+    tcgen05: int
+
+    @property
+    def tensor_cores(self) -> int:
+        """Instructions of tensor cores, of any generation."""
+        return self.mma + self.wgmma + self.tcgen05
 
 
 def cases() -> Iterator[AotCase]:
@@ -106,12 +114,14 @@ def compile_named(name: str, capability: int) -> Compiled:
 def compile_for(case: AotCase, capability: int) -> Compiled:
     """Compiles for compute capability 80, 90, 100, ..."""
     options = launch_options(case.num_warps, case.num_stages)
-    kernel = triton.compile(source(case), target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _usage(kernel.asm["cubin"])
-    spilled = usage["STACK"] + usage["LOCAL"]
-    return Compiled(
-        usage["REG"], spilled, kernel.metadata.shared, len(_TENSOR_CORE.findall(kernel.asm["ptx"]))
-    )
+    return measured(triton.compile(source(case), target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def measured(kernel: Any) -> Compiled:
+    """What a compiled kernel takes."""
+    usage, ptx = _usage(kernel.asm["cubin"]), kernel.asm["ptx"]
+    counts = (len(re.findall(rf"\b{re.escape(name)}\b", ptx)) for name in TENSOR_CORES.values())
+    return Compiled(usage["REG"], usage["STACK"] + usage["LOCAL"], kernel.metadata.shared, *counts)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

@@ -65,7 +65,8 @@ def test_project_strides_and_nothing() -> None:
 
 
 def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    numbers = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return numbers.float().to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("largest", [True, False])

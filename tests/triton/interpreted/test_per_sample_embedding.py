@@ -15,8 +15,8 @@ def tokens(
     batch: int, length: int, rows: int, width: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, rows, (batch, length), generator=generator)
-    return ids, randn(batch, length, width, dtype=dtype, seed=seed + 1)
+    ids = torch.randint(0, rows, (batch, length), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device()), randn(batch, length, width, dtype=dtype, seed=seed + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

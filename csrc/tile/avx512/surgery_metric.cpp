@@ -1,0 +1,5 @@
+#include "tile/avx512/isa.h"
+
+#if UK_X86_VARIANTS
+#include "tile/surgery_metric.inc"
+#endif

@@ -1,0 +1,78 @@
+"""More than 2^31 elements: offsets are 64 bits wide, in memory that is written and read at its end."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from unlearn_kernels.influence import Projection, topk
+from unlearn_kernels.per_sample import embedding, linear
+from unlearn_kernels.surgery import gramian, project_conflict_
+from unlearn_kernels.token_loss import linear_nll
+
+BEYOND = (1 << 31) + 4096
+BYTES = 10 << 30
+
+
+@pytest.fixture(autouse=True)
+def room(device: str) -> None:
+    """Skips where two such tensors in 16 bits would not fit."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_on_host()
+    if free < 2 * BYTES:
+        pytest.skip(f"needs {2 * BYTES >> 30} GB of memory, {free >> 30} are free")
+
+
+def _free_on_host() -> int:
+    with open("/proc/meminfo") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def ends(rows: int, cols: int, device: str) -> tuple[Tensor, Tensor]:
+    """Two matrices of the same numbers, one with its second half beyond element 2^31, one small."""
+    near = torch.arange(2 * rows * cols, device=device).remainder(17).sub(8).half().view(2, rows, cols)
+    memory = torch.empty(BEYOND + rows * cols, dtype=torch.half, device=device)
+    far = memory.as_strided((2, rows, cols), (BEYOND, cols, 1))
+    return far.copy_(near), near
+
+
+def test_linear_sqnorms(device: str) -> None:
+    far, near = ends(40, 24, device)
+    assert torch.equal(linear.sqnorms(far, near), linear.sqnorms(near, near))
+    assert torch.equal(
+        linear.sqnorms(near, far, method="direct"), linear.sqnorms(near, near, method="direct")
+    )
+
+
+def test_embedding_sqnorms(device: str) -> None:
+    far, near = ends(40, 24, device)
+    ids = torch.arange(80, device=device).view(2, 40) % 11
+    found, expected = (embedding.sqnorms(ids, g, num_embeddings=11) for g in (far, near))
+    assert torch.equal(found, expected)
+
+
+def test_gradient_lists(device: str) -> None:
+    forget = torch.ones(BEYOND, dtype=torch.bfloat16, device=device)
+    retain = torch.full((BEYOND,), -1.0, dtype=torch.bfloat16, device=device)
+    G = gramian([[forget], [retain]])
+    assert G.tolist() == [[BEYOND, -BEYOND], [-BEYOND, BEYOND]]
+    project_conflict_([forget], [retain])
+    assert not forget[-5000:].any()
+    assert not forget[:5000].any()
+
+
+def test_projection_and_search(device: str) -> None:
+    far, near = (x[:, 0] for x in ends(3, 300, device))
+    project = Projection(300, 32, seed=1)
+    assert torch.equal(project(far), project(near))
+    for a, b in zip(topk(near, far, 2), topk(near, near, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_token_loss(device: str) -> None:
+    _, (near, _) = ends(40, 24, device)
+    apart = BEYOND // 39 + 1
+    far = (
+        torch.empty(40 * apart, dtype=torch.half, device=device).as_strided((40, 24), (apart, 1)).copy_(near)
+    )
+    labels = torch.arange(40, device=device) % 7
+    head = torch.arange(7 * 24, device=device).remainder(5).sub(2).half().view(7, 24)
+    assert torch.equal(linear_nll(far, head, labels), linear_nll(near, head, labels))
