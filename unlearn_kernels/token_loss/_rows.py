@@ -216,7 +216,11 @@ def _triton(name: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    fakes = {"forward": _fake_forward, "backward": _fake_backward, "sweep": _fake_sweep}
+    fakes: dict[str, Callable[..., Any]] = {
+        "forward": _fake_forward,
+        "backward": _fake_backward,
+        "sweep": _fake_sweep,
+    }
     for way, fake in fakes.items():
         _ops.register_raw(f"linear_rows_{way}", fake, _triton(f"linear_rows_{way}"))
     forward, backward = (f"{_ops.NAMESPACE}::linear_rows_{way}" for way in ("forward", "backward"))

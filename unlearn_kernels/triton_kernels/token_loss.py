@@ -390,7 +390,14 @@ _ALIGNED: Final = ("features", "vocabulary", "h_r", "w_v", "p_r", "begin", "size
 def aot_case(kernel: Any, tile: Tile, dot: tl.dtype, pointers: dict[str, str], **constants: Any) -> AotCase:
     """A kernel on contiguous, aligned operands, at the tile of a large head."""
     names = kernel.arg_names
-    fixed = {"h_d": 1, "w_d": 1, "b_v": 1, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth}
+    fixed: dict[str, Any] = {
+        "h_d": 1,
+        "w_d": 1,
+        "b_v": 1,
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "DEPTH": tile.depth,
+    }
     fixed |= {"DOT": dot, "ACC": acc_dtype(dot), "SCALE": 1.0, "SOFTCAP": 0.0, **constants}
     return AotCase(
         kernel,

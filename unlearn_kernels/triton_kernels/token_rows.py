@@ -424,7 +424,7 @@ def linear_rows_backward(
                 call.gradient(slopes, marks, p, begin, size)
                 wanted = d_h if need_h else None, d_weight if need_weight else None, d_bias
                 add_gradients(x, p, *wanted, begin, size)
-    d_h = x.scatter(d_h.to(x.h.dtype), (*call.shape, d)) if need_h else x.h.new_empty(0)
+    d_h = x.scatter(d_h.to(x.h.dtype), torch.Size((*call.shape, d))) if need_h else x.h.new_empty(0)
     empty = (x.weight if x.bias is None else x.bias).new_empty(0)
     return d_h, d_weight, d_bias if has_bias and d_bias is not None else empty
 
