@@ -21,7 +21,7 @@ demo: $(VENV)/.demo $(VENV)/.built ## forget a module on the CPU, with the kerne
 	$(BIN)/python examples/forget_a_module.py $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.built ## the test suite, and the documentation's examples (ARGS="-k surgery")
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.built ## every benchmark against its peers (ARGS="surgery --threads 1")
 	$(BIN)/python -m benchmarks run --peers $(ARGS)

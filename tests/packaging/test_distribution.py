@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 SITE = Path(torch.__file__).parents[1]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribution")]
+pytestmark = pytest.mark.slow
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
