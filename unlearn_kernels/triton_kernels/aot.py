@@ -59,7 +59,7 @@ class AotCase:
     def name(self) -> str:
         """The kernel, its pointer types and the numbers among its constants."""
         types = dict.fromkeys(self.pointers.values())
-        numbers = (str(int(v)) for v in self.constants.values() if isinstance(v, int))
+        numbers = (f"{v:g}" for v in self.constants.values() if isinstance(v, int | float))
         return "-".join((self.kernel.__name__, *types, "x".join(numbers)))
 
 

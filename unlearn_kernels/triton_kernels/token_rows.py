@@ -278,6 +278,12 @@ def gradient_kernel(
         store_as(p + rows[:, None] * p_r + (cols - begin)[None, :], g, block)
 
 
+def row_tile(rows: int, columns: int, features: int, dot: tl.dtype) -> Tile:
+    """A block of logits, small enough to leave registers for a second one and for what a row keeps beside them."""
+    tile = logits_block(rows, columns, features, dot)
+    return tile._replace(cols=max(16, tile.cols // 2), depth=min(tile.depth, 32), num_warps=8, num_stages=2)
+
+
 class _Call:
     """Gathered rows of a policy and of its reference, and how kernels take them."""
 
@@ -330,9 +336,8 @@ class _Call:
         return self.x.h.shape[1], 0 if self.ref_h is None else self.ref_h.shape[1]
 
     def tile(self, columns: int) -> Tile:
-        """A block of logits; half as wide where there are two."""
-        tile = logits_block(self.x.h.shape[0], columns, self.x.h.shape[1], self.dot)
-        return tile if self.ref_h is None else tile._replace(cols=max(16, tile.cols // 2))
+        """A block of logits."""
+        return row_tile(self.x.h.shape[0], columns, self.x.h.shape[1], self.dot)
 
     def parts(self) -> Tensor:
         """What the parts of the vocabulary leave of every row, (numbers, splits, N)."""
@@ -442,17 +447,16 @@ def _cases(dtype: str) -> tuple[AotCase, ...]:
     pointers = dict.fromkeys(("h", "weight", "bias", "ref_h", "ref_weight", "ref_bias"), dtype)
     pointers |= dict.fromkeys(("parts", "slopes"), acc) | dict.fromkeys(("labels", "marks", "kept"), "i64")
     pointers |= {"p": "bf16" if dtype == "bf16" else acc}
-    single = logits_block(1024, 4096, 1024, dot)
-    double = single._replace(cols=single.cols // 2)
+    tile = row_tile(1024, 4096, 1024, dot)
     more = {"q_d": 1, "r_d": 1, "c_v": 1, "BETA": 0.1, "OFFSET": 0.0}
     return (
-        aot_case(stat_parts_kernel, single, dot, pointers),
-        aot_case(pair_parts_kernel, double, dot, pointers, **more, SCALE=2.0, SOFTCAP=30.0),
-        aot_case(softplus_parts_kernel, double, dot, pointers, **more),
-        aot_case(gradient_kernel, single, dot, pointers, **more, ref_h=None, ref_weight=None, ref_bias=None,
+        aot_case(stat_parts_kernel, tile, dot, pointers),
+        aot_case(pair_parts_kernel, tile, dot, pointers, **more, SCALE=2.0, SOFTCAP=30.0),
+        aot_case(softplus_parts_kernel, tile, dot, pointers, **more),
+        aot_case(gradient_kernel, tile, dot, pointers, **more, ref_h=None, ref_weight=None, ref_bias=None,
                  LOGISTIC=False),
-        aot_case(gradient_kernel, double, dot, pointers, **more, marks=None, LOGISTIC=False, SOFTCAP=30.0),
-        aot_case(gradient_kernel, double, dot, pointers, **more, marks=None, LOGISTIC=True),
+        aot_case(gradient_kernel, tile, dot, pointers, **more, marks=None, LOGISTIC=False, SOFTCAP=30.0),
+        aot_case(gradient_kernel, tile, dot, pointers, **more, marks=None, LOGISTIC=True),
     )  # fmt: skip
 
 
