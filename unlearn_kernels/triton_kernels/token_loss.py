@@ -54,8 +54,8 @@ def chain(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """`dz / d(h W^T + b)`."""
     if SOFTCAP == 0.0:
         return z * 0.0 + SCALE
-    inside = z / SOFTCAP
-    return (1.0 - inside * inside) * SCALE
+    # 1 - (z / SOFTCAP)^2 would lose what a difference keeps near the cap.
+    return (SOFTCAP - z) * (SOFTCAP + z) * (SCALE / (SOFTCAP * SOFTCAP))
 
 
 @triton.jit
