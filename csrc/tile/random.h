@@ -98,7 +98,7 @@ struct PhiloxNormals {
   int64_t offset;
 
   template <class T, int kStrip>
-  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  [[gnu::noinline]] void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     constexpr int W = kLanes<float>;
     const NormalTables tables;
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
@@ -123,7 +123,7 @@ struct Transposed {
   Source source;
 
   template <class T, int kStrip>
-  void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  [[gnu::noinline]] void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     T block[kSignBlock * kStrip];
     for (int64_t row = 0; row < depth; row += kStrip) {
       const int64_t rows = depth - row < kStrip ? depth - row : kStrip;

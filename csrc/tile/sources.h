@@ -34,19 +34,7 @@ struct Dense {
   }
 
   template <class P, int kStrip>
-  void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
-    const uk::Operand at = m.from(outer * m.outer_stride + k * m.depth_stride);
-    if constexpr (std::is_same_v<P, Bf16Pair>) {
-      pair_strips<kStrip>(at, out, outers, depth);
-    } else {
-      switch (m.dtype) {
-        case uk::Dtype::f32: return strips<P, kStrip, float>(at, out, outers, depth);
-        case uk::Dtype::f64: return strips<P, kStrip, double>(at, out, outers, depth);
-        case uk::Dtype::bf16: return strips<P, kStrip, bf16>(at, out, outers, depth);
-        case uk::Dtype::f16: return strips<P, kStrip, f16>(at, out, outers, depth);
-      }
-    }
-  }
+  void pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const;
 
  private:
   template <class T, int kStrip, class S>
@@ -159,6 +147,29 @@ struct Dense {
       for (int i = 0; i < kRows; ++i) out[i] = widen(row[i][k]);
   }
 };
+
+template <class P, int kStrip>
+void Dense::pack(P* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  const uk::Operand at = m.from(outer * m.outer_stride + k * m.depth_stride);
+  if constexpr (std::is_same_v<P, Bf16Pair>) {
+    pair_strips<kStrip>(at, out, outers, depth);
+  } else {
+    switch (m.dtype) {
+      case uk::Dtype::f32: return strips<P, kStrip, float>(at, out, outers, depth);
+      case uk::Dtype::f64: return strips<P, kStrip, double>(at, out, outers, depth);
+      case uk::Dtype::bf16: return strips<P, kStrip, bf16>(at, out, outers, depth);
+      case uk::Dtype::f16: return strips<P, kStrip, f16>(at, out, outers, depth);
+    }
+  }
+}
+
+// Every operator packs dense panels of these shapes: they are compiled once, with the dense stem.
+#define UK_DENSE_PANELS(P, Linkage)                                                                       \
+  Linkage template void Dense::pack<P, Block<P>::kRows>(P*, int64_t, int64_t, int64_t, int64_t) const; \
+  Linkage template void Dense::pack<P, Block<P>::kCols>(P*, int64_t, int64_t, int64_t, int64_t) const;
+UK_DENSE_PANELS(float, extern)
+UK_DENSE_PANELS(double, extern)
+UK_DENSE_PANELS(Bf16Pair, extern)
 
 // Random signs (see philox.h), made while they are packed: outer is the row, depth the coordinate.
 struct PhiloxSigns {

@@ -44,7 +44,7 @@ struct Unfold {
 
   // Columns as the outer dimension, positions as the reduction: what the gradient sums over.
   template <class P, int kStrip>
-  void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  [[gnu::noinline]] void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     if (is_matrix()) return Dense{matrix()}.template pack<P, kStrip>(panel, outer, outers, k, depth);
     with_type(dtype, [&](auto* null) {
       using S = std::remove_cv_t<std::remove_pointer_t<decltype(null)>>;
@@ -180,7 +180,7 @@ struct Patches {
   const Unfold& unfold;
 
   template <class P, int kStrip>
-  void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  [[gnu::noinline]] void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     if (unfold.is_matrix())
       return Dense{unfold.matrix().transposed()}.template pack<P, kStrip>(panel, outer, outers, k, depth);
     P* line = static_cast<P*>(unfold.stage);
@@ -210,7 +210,7 @@ struct Scaled {
   }
 
   template <class P, int kStrip>
-  void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
+  [[gnu::noinline]] void pack(P* panel, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     source.template pack<P, kStrip>(panel, outer, outers, k, depth);
     if (scale == 1) return;
     const P factor = P(scale);
