@@ -58,9 +58,8 @@ class Scaled(torch.autograd.Function):
     def forward(factor: Tensor, gradient: Tensor, *made_from: Tensor | None) -> Tensor:
         if _graph_is_kept():
             return scaled_eagerly(factor, gradient)
-        if (
-            factor.numel() == 1 and not factor.is_cuda and factor.item() == 1
-        ):  # on a GPU, asking would wait for it
+        on_cpu = factor.device.type == "cpu"  # elsewhere, to ask for the number would be to wait for it
+        if on_cpu and factor.numel() == 1 and factor.item() == 1:
             return gradient
         return gradient.mul_(factor)  # a head's gradient is large, and nobody will ask for it again
 
