@@ -56,7 +56,8 @@ class Case:
     `bound` is the largest relative error (against `reference`, computed in float64) at which our own number
     counts; `relative_to` names a provider whose own error, doubled, raises it. Peers are held to
     `peer_bound`: that they compute the same quantity at all. `warm` is the same case at a small shape.
-    `flops` and `bytes` are the least that the algorithm needs, not what a provider spends.
+    `flops` and `bytes` are the least that the algorithm needs, not what a provider spends. `memory_unit`, in
+    bytes, is what extra memory is told in besides: `units` in the row's metrics.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Case:
     threads: int | None = None
     warm: Case | None = None
     metrics: Callable[[Any, Any, Any], dict[str, float]] | None = field(default=None)
+    memory_unit: int | None = None
 
     def __post_init__(self) -> None:
         names = [provider.name for provider in self.providers]

@@ -161,6 +161,8 @@ class Race:
             if not provider.yardstick:
                 row.error = (provider.error or case.error)(inputs, measured.output, reference)
                 row.metrics = self._metrics(provider, inputs, measured.output, reference)
+            if case.memory_unit and measured.peak_bytes is not None:
+                row.metrics["units"] = measured.peak_bytes / case.memory_unit
         except Exception as error:
             row.status = _failure(error)
             return

@@ -13,12 +13,13 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from forget import corpus, report
+from forget import corpus, report, vocabulary
 from forget.comparison import Plan, compare
 from forget.corpus import Split, Text
 from forget.model import Shape
@@ -66,6 +67,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--quick",
         action="store_true",
         help="a tiny model and few steps: shows that it runs, and nothing else",
+    )
+    parser.add_argument(
+        "--memory-over-vocabulary",
+        action="store_true",
+        help="only measure the memory of one step under vocabularies of 8k, 32k and 128k words; trains nothing",
     )
     return parser.parse_args(argv)
 
@@ -138,8 +144,37 @@ def run(
     return result
 
 
+def memory_over_vocabulary(options: argparse.Namespace) -> int:
+    """Measure, print and plot the memory of a step over the vocabulary."""
+    quick = vocabulary.Sweep((2048, 32_768), texts=4, width=32, layers=1)
+    found = vocabulary.measure(
+        quick if options.quick else vocabulary.Sweep(), options.device, options.backend
+    )
+    folder = options.out or Path("out") / "memory_over_vocabulary"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.json").write_text(
+        json.dumps(found | {"machine": machine(options.device)}, indent=1) + "\n"
+    )
+    print(report.table(vocabulary.lines(found["points"])))
+    print(f"\nWritten: {folder / 'memory.json'}")
+    draw(lambda path: vocabulary.plot(found["points"], path), folder / "memory.png")
+    return 0
+
+
+def draw(plot: Callable[[Path], None], path: Path) -> None:
+    """A plot, where matplotlib is."""
+    try:
+        plot(path)
+    except ImportError:
+        print("No plot: matplotlib is not installed")
+    else:
+        print(f"         {path}")
+
+
 def main() -> int:
     begun, options = time.perf_counter(), arguments()
+    if options.memory_over_vocabulary:
+        return memory_over_vocabulary(options)
     chosen, texts = settings(options), corpus.collect()
     try:
         split = corpus.split(texts, options.module, seed=options.seed, most=chosen.texts)
@@ -152,12 +187,7 @@ def main() -> int:
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     print(report.summary(result))
     print(f"\nWritten: {folder / 'report.json'}")
-    try:
-        report.plot(result, folder / "report.png")
-    except ImportError:
-        print("No plot: matplotlib is not installed")
-    else:
-        print(f"         {folder / 'report.png'}")
+    draw(lambda path: report.plot(result, path), folder / "report.png")
     return 0
 
 

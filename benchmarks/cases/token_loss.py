@@ -272,18 +272,19 @@ def _case(
             peer_bound=5e-2,
             relative_to="torch eager",
             metrics=_parts,
+            memory_unit=4 * B * T * V,
             warm=warm,
         )
     )
 
 
+# Labels, and the shapes of heads: of Llama-3.2-1B with short answers, and of Gemma-3-270m with long ones.
+_MIDDLE = "V32000", 4, 256, 768, 32_000
+LARGE = (("V128256", 4, 64, 2048, 128_256), ("V262144", 2, 512, 640, 262_144))
+
 for _dtype in (torch.float32, torch.bfloat16):
-    _small = _case("linear_nll", "small", 2, 64, 128, 4000, _dtype, None)
-    if _dtype == torch.float32:
-        _case("linear_nll", "V32000", 4, 256, 768, 32_000, _dtype, _small)
-        _case("linear_nll", "V262144", 2, 512, 640, 262_144, _dtype, _small)
-        _small_mean = _case("linear_nll_mean", "small", 2, 64, 128, 4000, _dtype, None)
-        _case("linear_nll_mean", "V32000", 4, 256, 768, 32_000, _dtype, _small_mean)
-        _case("linear_nll_mean", "V262144", 2, 512, 640, 262_144, _dtype, _small_mean)
-        _small_npo = _case("npo", "small", 2, 64, 128, 4000, _dtype, None)
-        _case("npo", "V32000", 4, 256, 768, 32_000, _dtype, _small_npo)
+    for _kind in _KINDS if _dtype == torch.float32 else ("linear_nll",):
+        _small = _case(_kind, "small", 2, 64, 128, 4000, _dtype, None)
+        if _dtype == torch.float32:
+            for _shape in (_MIDDLE, *LARGE):
+                _case(_kind, *_shape, _dtype, _small)

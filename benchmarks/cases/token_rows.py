@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.cases.token_loss import LARGE
 from benchmarks.peers.compiled import compiled
 from benchmarks.registry import Call, Case, Provider, register
 from unlearn_kernels import testing
 
 _BETA = 10.0
+_ROWS = 128  # at a time in float64
 
 
 class Heads(NamedTuple):
@@ -37,15 +39,33 @@ def _make(B: int, T: int, d: int, V: int) -> Callable[[str], Heads]:
     return make
 
 
+def logits_of(h: Tensor, W: Tensor) -> Tensor:
+    """In float32 as model code has them, or float64."""
+    logits = h @ W.T
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def eager_stats(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> list[Tensor]:
     """As Min-K++ and exact memorisation form them: log-probabilities, moments of them, an argmax."""
-    logits = (h @ W.T).float()
+    logits = logits_of(h, W)
     log_p = logits.log_softmax(-1)
     p = logits.softmax(-1)
     picked = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     mean = (p * log_p).sum(-1)
     variance = ((p * log_p.square()).sum(-1) - mean.square()).clamp_min(1e-6)
     return [-picked, mean, variance.sqrt(), (logits.argmax(-1) == labels).to(h.dtype)]
+
+
+def two_forwards(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> list[Tensor]:
+    """As open-unlearning's Min-K++ goes about it: a product for log-probabilities of labels, one for those of words.
+
+    Only the head is done twice here; there it is the whole model.
+    """
+    words = logits_of(h, W).log_softmax(-1)
+    tokens = logits_of(h, W).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    mean = (torch.exp(words) * words).sum(-1)
+    variance = (torch.exp(words) * torch.square(words)).sum(-1) - torch.square(mean)
+    return [-tokens, mean, variance.clamp(min=1e-6).sqrt(), (words.argmax(-1) == labels).to(h.dtype)]
 
 
 def _our_stats(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> list[Tensor]:
@@ -58,8 +78,8 @@ def _our_stats(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> list[Tensor]
 def eager_kl(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tensor) -> Tensor:
     """KL(reference || policy) over all rows, as TOFU and open-unlearning form it."""
     with torch.no_grad():
-        log_q = (ref_h @ ref_head.T).float().log_softmax(-1).flatten(0, 1)
-    log_p = (h @ W.T).float().log_softmax(-1).flatten(0, 1)
+        log_q = logits_of(ref_h, ref_head).log_softmax(-1).flatten(0, 1)
+    log_p = logits_of(h, W).log_softmax(-1).flatten(0, 1)
     return functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
@@ -72,10 +92,10 @@ def _our_kl(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tenso
 def eager_undial(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tensor) -> Tensor:
     """Cross-entropy to the reference with the label's logit lowered, as open-unlearning forms it."""
     with torch.no_grad():
-        logits = (ref_h @ ref_head.T).float()
+        logits = logits_of(ref_h, ref_head)
         mask = torch.zeros_like(logits).scatter_(-1, labels.unsqueeze(-1), 1.0)
         target = (logits - mask * _BETA).softmax(-1)
-    return functional.cross_entropy((h @ W.T).float().flatten(0, 1), target.flatten(0, 1))
+    return functional.cross_entropy(logits_of(h, W).flatten(0, 1), target.flatten(0, 1))
 
 
 def _our_undial(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tensor) -> Tensor:
@@ -84,9 +104,23 @@ def _our_undial(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: T
     return linear_soft_ce(h, W, labels, (ref_h, ref_head), beta=_BETA, reduction="mean")
 
 
+def eager_ceu(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
+    """Cross-entropy to the model's own distribution without the label, as open-unlearning forms it."""
+    logits = logits_of(h, W).flatten(0, 1)
+    at = labels.flatten().unsqueeze(-1)
+    target = logits.detach().scatter(-1, at, float("-inf")).softmax(-1)
+    return functional.cross_entropy(logits, target)
+
+
+def _our_ceu(h: Tensor, W: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
+    from unlearn_kernels.token_loss import linear_soft_ce
+
+    return linear_soft_ce(h, W, labels, reduction="mean")
+
+
 def eager_pdu(h: Tensor, W: Tensor, *_: Tensor) -> Tensor:
     """The mean squared distance of the largest logit from the mean one."""
-    logits = (h @ W.T).float()
+    logits = logits_of(h, W)
     return (logits.amax(-1) - logits.mean(-1)).square().mean()
 
 
@@ -100,8 +134,8 @@ def _our_pdu(h: Tensor, W: Tensor, *_: Tensor) -> Tensor:
 def eager_muse(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tensor) -> Tensor:
     """-log sigmoid of raw logits below the reference's, summed over the vocabulary and averaged over tokens."""
     with torch.no_grad():
-        reference = (ref_h @ ref_head.T).float()
-    return -functional.logsigmoid(0.1 * (reference - (h @ W.T).float())).sum(-1).mean()
+        reference = logits_of(ref_h, ref_head)
+    return -functional.logsigmoid(0.1 * (reference - logits_of(h, W))).sum(-1).mean()
 
 
 def _our_muse(h: Tensor, W: Tensor, labels: Tensor, ref_h: Tensor, ref_head: Tensor) -> Tensor:
@@ -127,10 +161,37 @@ def _with_gradients(loss: Callable[..., Tensor]) -> Callable[[Heads], Call]:
     return build
 
 
-def _exact(loss: Callable[..., Any], build: Callable[..., Any]) -> Callable[[Heads], Any]:
-    return lambda inputs: build(loss)(
-        Heads(*(x.double() if x.is_floating_point() else x for x in inputs))
-    ).run()
+def _parts(inputs: Heads) -> Iterator[Heads]:
+    """A few rows at a time: the reference in float64 then fits where its peers do."""
+    x = Heads(*(t.double() if t.is_floating_point() else t for t in inputs))
+    rows = [t.flatten(0, 1) for t in (x.h, x.labels, x.ref_h)]
+    for h, labels, ref_h in zip(*(t.split(_ROWS) for t in rows), strict=True):
+        yield Heads(h[None], x.W, labels[None], ref_h[None], x.ref_head)
+
+
+def _exact_stats(loss: Callable[..., Any]) -> Callable[[Heads], list[Tensor]]:
+    def run(inputs: Heads) -> list[Tensor]:
+        found = torch.cat([torch.stack(loss(*part)) for part in _parts(inputs)], 2)
+        return [found.view(-1, *inputs.labels.shape)]
+
+    return run
+
+
+def _exact_gradients(loss: Callable[..., Tensor]) -> Callable[[Heads], list[Tensor]]:
+    """Of a mean over rows, and of its gradients."""
+
+    def run(inputs: Heads) -> list[Tensor]:
+        total, d_h, d_W = 0.0, [], torch.zeros_like(inputs.W, dtype=torch.float64)
+        for part in _parts(inputs):
+            h, W = (t.detach().requires_grad_() for t in (part.h, part.W))
+            value = loss(h, W, *part[2:]) * (part.labels.numel() / inputs.labels.numel())
+            value.backward()
+            total += value.detach()
+            d_h.append(h.grad)
+            d_W += W.grad
+        return [torch.as_tensor(total), torch.cat(d_h, 1).view(inputs.h.shape), d_W]
+
+    return run
 
 
 def _error(_: Heads, output: list[Tensor], reference: list[Tensor]) -> float:
@@ -138,47 +199,60 @@ def _error(_: Heads, output: list[Tensor], reference: list[Tensor]) -> float:
 
 
 class _Kind(NamedTuple):
+    op: str
     ours: Callable[..., Any]
     eager: Callable[..., Any]
     build: Callable[..., Any]
+    exact: Callable[..., Any]
     products: int  # of 2 N V d operations each
+    heads: int = 1  # a reference has its own
 
 
 _KINDS = {
-    "linear_stats": _Kind(_our_stats, eager_stats, _forward, 1),
-    "linear_kl": _Kind(_our_kl, eager_kl, _with_gradients, 4),
-    "linear_soft_ce": _Kind(_our_undial, eager_undial, _with_gradients, 4),
-    "linear_maxmean": _Kind(_our_pdu, eager_pdu, _with_gradients, 1),
-    "linear_softplus": _Kind(_our_muse, eager_muse, _with_gradients, 4),
+    "linear_stats": _Kind("linear_stats", _our_stats, eager_stats, _forward, _exact_stats, 1),
+    "linear_kl": _Kind("linear_kl", _our_kl, eager_kl, _with_gradients, _exact_gradients, 4, 2),
+    "linear_soft_ce": _Kind(
+        "linear_soft_ce", _our_undial, eager_undial, _with_gradients, _exact_gradients, 4, 2
+    ),
+    "ceu": _Kind("linear_soft_ce", _our_ceu, eager_ceu, _with_gradients, _exact_gradients, 3),
+    "linear_maxmean": _Kind("linear_maxmean", _our_pdu, eager_pdu, _with_gradients, _exact_gradients, 1),
+    "linear_softplus": _Kind(
+        "linear_softplus", _our_muse, eager_muse, _with_gradients, _exact_gradients, 4, 2
+    ),
 }
 
 
-def _case(op: str, label: str, B: int, T: int, d: int, V: int, warm: Case | None) -> Case:
-    kind = _KINDS[op]
+def _case(name: str, label: str, B: int, T: int, d: int, V: int, warm: Case | None) -> Case:
+    kind = _KINDS[name]
+    backward = kind.build is _with_gradients
+    published = Provider("Min-K++ as published, two products", kind.build(two_forwards))
     return register(
         Case(
-            f"token_loss.{op}/{label}/float32",
-            ops=(op,),
-            shape=f"B {B}, T {T}, d {d}, V {V}, forward" + ("+backward" if kind.products > 1 else ""),
+            f"token_loss.{name}/{label}/float32",
+            ops=(kind.op,),
+            shape=f"B {B}, T {T}, d {d}, V {V}, forward" + ("+backward" if backward else ""),
             dtype=torch.float32,
             flops=2 * kind.products * B * T * V * d,
-            bytes=4 * V * d * (3 if kind.products > 1 else 1),
+            bytes=4 * V * d * (kind.heads + backward),
             make=_make(B, T, d, V),
-            reference=_exact(kind.eager, kind.build),
+            reference=kind.exact(kind.eager),
             error=_error,
             providers=(
                 Provider("unlearn_kernels", kind.build(kind.ours), "ours"),
                 Provider("torch eager", kind.build(kind.eager), "plain"),
                 Provider("torch.compile", lambda x: kind.build(compiled(kind.eager))(x), compiled=True),
+                *((published,) if name == "linear_stats" else ()),
             ),
             bound=1e-6,
             peer_bound=5e-2,
             relative_to="torch eager",
             warm=warm,
+            memory_unit=4 * B * T * V,
         )
     )
 
 
-for _op in _KINDS:
-    _small = _case(_op, "small", 2, 32, 64, 2000, None)
-    _case(_op, "V32000", 4, 256, 768, 32_000, _small)
+for _name in _KINDS:
+    _small = _case(_name, "small", 2, 32, 64, 2000, None)
+    for _shape in (("V32000", 4, 256, 768, 32_000), *LARGE):
+        _case(_name, *_shape, _small)

@@ -145,6 +145,21 @@ def test_quick_run_writes_its_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_falls_with_the_vocabulary(tmp_path: Path) -> None:
+    script = str(EXAMPLES / "forget_a_module.py")
+    command = [sys.executable, script, "--memory-over-vocabulary", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "Agg"})
+    assert done.returncode == 0, done.stderr
+    assert "plain / kernels" in done.stdout
+    points = json.loads((tmp_path / "memory.json").read_text())["points"]
+    assert [p["vocabulary"] for p in points] == [2048, 32_768]
+    assert all(p["logits"] == 4 * 4 * 64 * p["vocabulary"] for p in points)
+    if Path("/proc/self/clear_refs").exists():
+        assert points[1]["plain"] > 2 * points[1]["logits"]
+        assert points[1]["kernels"] < 0.5 * points[1]["plain"]
+
+
+@pytest.mark.slow
 def test_unknown_module_ends_with_a_sentence(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unlearn_kernels import _files
+from unlearn_kernels._files import bytes_of, sync_folder, write
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import Coded
 
@@ -24,10 +25,6 @@ _TYPES: Final[dict[str, tuple[Any, torch.dtype]]] = {
     "int8": (np.dtype("u1"), torch.uint8),
     "int4": (np.dtype("u1"), torch.uint8),
 }
-
-
-class StoreError(RuntimeError):
-    """A folder is no store, or one that is damaged."""
 
 
 @dataclass
@@ -55,11 +52,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the manifest: whoever opens the store sees the old one or the new one."""
-        body = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True)
-        record = json.dumps({"crc32": zlib.crc32(body.encode()), "store": json.loads(body)}, sort_keys=True)
-        _write(folder / f"{MANIFEST}.tmp", record.encode())
-        os.replace(folder / f"{MANIFEST}.tmp", folder / MANIFEST)
-        _sync_folder(folder)
+        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        _files.write_record(folder / MANIFEST, record)
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -68,50 +62,9 @@ class Manifest:
         Raises:
             StoreError: if there is none, or it is damaged, foreign or of a later version.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise StoreError(f"{folder} is no gradient store: it has no {MANIFEST}")
-        try:
-            record = json.loads(path.read_bytes())
-            store, crc = record["store"], record["crc32"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is not the manifest of a gradient store: {error}") from error
-        if store.get("format") != FORMAT:
-            raise StoreError(
-                f"{path} is not the manifest of a gradient store: format {store.get('format')!r}"
-            )
-        if store.get("version") != VERSION:
-            raise StoreError(f"{path} has version {store.get('version')}, this package reads {VERSION}")
-        if zlib.crc32(json.dumps(store, sort_keys=True).encode()) != crc:
-            raise StoreError(f"{path} is damaged: its checksum is wrong")
+        store = _files.read_record(folder / MANIFEST, "gradient store", FORMAT, VERSION)
         shards = [ShardInfo(**shard) for shard in store.pop("shards")]
-        return Manifest(**{k: v for k, v in store.items() if k not in ("format", "version")}, shards=shards)
-
-
-def _write(path: Path, *chunks: Any) -> list[int]:
-    """Bytes and CRC-32 of what is written, on disk when it returns."""
-    size, crc = 0, 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B") if len(chunk) else b""
-            file.write(view)
-            crc = zlib.crc32(view, crc)
-            size += len(view)
-        file.flush()
-        os.fsync(file.fileno())
-    return [size, crc]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _bytes_of(x: Tensor) -> Any:
-    return x.contiguous().view(torch.uint8).numpy().reshape(-1) if x.numel() else b""
+        return Manifest(**store, shards=shards)
 
 
 @dataclass
@@ -133,23 +86,23 @@ def write_shard(folder: Path, name: str, batch: Batch) -> ShardInfo:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     files = {
-        "rows.bin": _write(temporary / "rows.bin", *(_bytes_of(x.rows) for x in batch.coded)),
-        "scales.bin": _write(temporary / "scales.bin", *(_bytes_of(x.scales) for x in batch.coded)),
-        "ids.bin": _write(temporary / "ids.bin", *(_bytes_of(x) for x in batch.ids)),
-        "sqnorms.bin": _write(temporary / "sqnorms.bin", *(_bytes_of(x) for x in batch.sqnorms)),
+        "rows.bin": write(temporary / "rows.bin", *(bytes_of(x.rows) for x in batch.coded)),
+        "scales.bin": write(temporary / "scales.bin", *(bytes_of(x.scales) for x in batch.coded)),
+        "ids.bin": write(temporary / "ids.bin", *(bytes_of(x) for x in batch.ids)),
+        "sqnorms.bin": write(temporary / "sqnorms.bin", *(bytes_of(x) for x in batch.sqnorms)),
     }
     if any(x is not None for x in batch.metadata):
-        files["metadata.json"] = _write(temporary / "metadata.json", json.dumps(batch.metadata).encode())
-    _sync_folder(temporary)
+        files["metadata.json"] = write(temporary / "metadata.json", json.dumps(batch.metadata).encode())
+    sync_folder(temporary)
     os.rename(temporary, folder / name)
-    _sync_folder(folder)
+    sync_folder(folder)
     return ShardInfo(name, len(batch), files)
 
 
 def write_deleted(folder: Path, shard: ShardInfo, rows: Tensor) -> None:
     """Names a new file of deleted rows in `shard`; the one before stays for those who read it."""
     name = f"deleted-{len(rows)}.bin"
-    shard.files[name] = _write(folder / shard.name / name, _bytes_of(rows))
+    shard.files[name] = write(folder / shard.name / name, bytes_of(rows))
     if shard.deleted is not None and shard.deleted != name:
         del shard.files[shard.deleted]
     shard.deleted, shard.deleted_rows = name, len(rows)
@@ -165,7 +118,7 @@ class Shard:
         width = _codes.row_bytes(manifest.dtype, manifest.width) // kind.itemsize
         blocks = _codes.blocks(manifest.dtype, manifest.width, manifest.block)
         for name, (size, _) in info.files.items():
-            self._check_size(name, size)
+            _files.check_size(self.folder / name, size)
         self.rows = self._array("rows.bin", kind, (rows, width)).view(dtype)
         self.scales = self._array("scales.bin", np.dtype("<f4"), (rows, blocks))
         self.ids = self._array("ids.bin", np.dtype("<i8"), (rows,))
@@ -173,20 +126,8 @@ class Shard:
         gone = self._array(info.deleted, np.dtype("<i8"), (info.deleted_rows,)) if info.deleted else None
         self.deleted = torch.zeros(0, dtype=torch.int64) if gone is None else gone.clone()
 
-    def _check_size(self, name: str, size: int) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise StoreError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise StoreError(f"{path} is truncated or foreign: {path.stat().st_size} bytes, {size} expected")
-
     def _array(self, name: str, kind: Any, shape: tuple[int, ...]) -> Tensor:
-        size = int(np.prod(shape)) * kind.itemsize
-        self._check_size(name, size)
-        if size == 0:
-            return torch.from_numpy(np.zeros(shape, kind))
-        # Copy-on-write: torch takes no read-only memory, and nothing here writes.
-        return torch.from_numpy(np.memmap(self.folder / name, kind, "c", shape=shape))
+        return _files.mapped(self.folder / name, kind, shape)
 
     @property
     def kept(self) -> Tensor:
@@ -213,10 +154,4 @@ class Shard:
             StoreError: if one differs.
         """
         for name, (size, crc) in self.info.files.items():
-            self._check_size(name, size)
-            found = 0
-            with (self.folder / name).open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    found = zlib.crc32(chunk, found)
-            if found != crc:
-                raise StoreError(f"{self.folder / name} is damaged: its checksum is wrong")
+            _files.check_bytes(self.folder / name, size, crc)

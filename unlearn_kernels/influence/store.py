@@ -1,6 +1,5 @@
 """A store of gradient rows on disk: appended to, searched and thinned out."""
 
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -10,6 +9,7 @@ from typing import IO, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from unlearn_kernels._files import StoreError, locked
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import FORMATS, Format
 from unlearn_kernels.influence._scan import scan_shard
@@ -18,7 +18,6 @@ from unlearn_kernels.influence._shards import (
     Manifest,
     Shard,
     ShardInfo,
-    StoreError,
     write_deleted,
     write_shard,
 )
@@ -109,7 +108,7 @@ class GradientStore:
         """
         folder = Path(path)
         manifest = Manifest.read(folder)
-        lock = cls._locked(folder) if write else None
+        lock = locked(folder) if write else None
         if write:
             manifest = Manifest.read(folder)
             known = {info.name for info in manifest.shards}
@@ -117,16 +116,6 @@ class GradientStore:
                 if child.is_dir() and child.name not in known:
                     shutil.rmtree(child)
         return cls(folder, manifest, lock)
-
-    @staticmethod
-    def _locked(folder: Path) -> IO[str]:
-        lock = (folder / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise StoreError(f"{folder} is open for writing elsewhere") from error
-        return lock
 
     def __enter__(self) -> "GradientStore":
         return self

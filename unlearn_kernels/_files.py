@@ -1,0 +1,132 @@
+"""Files of stores on disk: raw little-endian arrays with checksums, and records that are replaced as a whole."""
+
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class StoreError(RuntimeError):
+    """A folder is no store, one that is damaged, or one that does not fit what is asked of it."""
+
+
+def write(path: Path, *chunks: Any) -> list[int]:
+    """Bytes and CRC-32 of what is written, on disk when it returns."""
+    size, crc = 0, 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B") if len(chunk) else b""
+            file.write(view)
+            crc = zlib.crc32(view, crc)
+            size += len(view)
+        file.flush()
+        os.fsync(file.fileno())
+    return [size, crc]
+
+
+def sync_folder(folder: Path) -> None:
+    """What was renamed in a folder is on disk when this returns."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def bytes_of(x: Tensor) -> Any:
+    """A CPU tensor's numbers, row by row."""
+    return x.contiguous().view(torch.uint8).numpy().reshape(-1) if x.numel() else b""
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Replaces a JSON file: whoever reads it sees the old one or the new one."""
+    body = json.dumps(record, sort_keys=True)
+    content = json.dumps({"crc32": zlib.crc32(body.encode()), "store": json.loads(body)}, sort_keys=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary, content.encode())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def read_record(path: Path, noun: str, form: str, version: int) -> dict[str, Any]:
+    """What `write_record` wrote, without its `format` and `version`.
+
+    Raises:
+        StoreError: if there is none, or it is damaged, foreign or of a later version.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path.parent} is no {noun}: it has no {path.name}")
+    try:
+        content = json.loads(path.read_bytes())
+        record, crc = content["store"], content["crc32"]
+        found, number = record.get("format"), record.get("version")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is not the manifest of a {noun}: {error}") from error
+    if found != form:
+        raise StoreError(f"{path} is not the manifest of a {noun}: format {found!r}")
+    if number != version:
+        raise StoreError(f"{path} has version {number}, this package reads {version}")
+    if zlib.crc32(json.dumps(record, sort_keys=True).encode()) != crc:
+        raise StoreError(f"{path} is damaged: its checksum is wrong")
+    return {key: value for key, value in record.items() if key not in ("format", "version")}
+
+
+def check_size(path: Path, size: int) -> None:
+    """A file of a known size.
+
+    Raises:
+        StoreError: if it is missing or has another.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path} is missing")
+    if path.stat().st_size != size:
+        raise StoreError(f"{path} is truncated or foreign: {path.stat().st_size} bytes, {size} expected")
+
+
+def check_bytes(path: Path, size: int, crc: int) -> None:
+    """Reads a file and compares its checksum.
+
+    Raises:
+        StoreError: if it differs.
+    """
+    check_size(path, size)
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            found = zlib.crc32(chunk, found)
+    if found != crc:
+        raise StoreError(f"{path} is damaged: its checksum is wrong")
+
+
+def mapped(path: Path, kind: Any, shape: tuple[int, ...]) -> Tensor:
+    """An array that is read through a memory map.
+
+    Raises:
+        StoreError: if the file is missing or has another size.
+    """
+    check_size(path, int(np.prod(shape)) * kind.itemsize)
+    if 0 in shape:
+        return torch.from_numpy(np.zeros(shape, kind))
+    # Copy-on-write: torch takes no read-only memory, and nothing here writes.
+    return torch.from_numpy(np.memmap(path, kind, "c", shape=shape))
+
+
+def locked(folder: Path) -> IO[str]:
+    """Keeps other writers away for as long as the file is open.
+
+    Raises:
+        StoreError: if another process writes.
+    """
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise StoreError(f"{folder} is open for writing elsewhere") from error
+    return lock

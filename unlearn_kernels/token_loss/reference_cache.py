@@ -1,0 +1,399 @@
+"""Likelihoods, and hidden states, of a frozen reference model on disk, by sample."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_kernels import _files
+from unlearn_kernels._files import StoreError
+from unlearn_kernels.token_loss import _cache_files as files
+from unlearn_kernels.token_loss._cache_files import Key, Manifest, Sample, Shard
+from unlearn_kernels.token_loss._public import Reference
+from unlearn_kernels.token_loss.adapters import fingerprint
+from unlearn_kernels.token_loss.hidden import HiddenRows, MakeRows, hidden_rows
+from unlearn_kernels.token_loss.linear import linear_nll
+
+Progress = Callable[[int], None]
+# When what came together goes to disk.
+_FLUSH_BYTES: Final = 1 << 28
+_FLUSH_SECONDS: Final = 30.0
+
+
+class ReferenceCache:
+    """What losses need of a frozen reference, computed once: the model itself can then be given back.
+
+    Of every sample the sum of its tokens' negative log-likelihoods (NPO, DPO), of every token that counts its own
+    (TNPO), and if wanted its hidden states, with the reference's head once (KL, UNDIAL): d numbers a token that give
+    the reference's whole distribution, where a cache of the k likeliest words would not. Everything is kept as it
+    was computed, to the bit, with a checksum of the labels it belongs to.
+
+    One process writes at a time. A writer that is killed loses what it had not flushed, and `build` goes on from there.
+
+    Attributes:
+        path: the folder.
+        fingerprint: of the model that made it, see `unlearn_kernels.token_loss.fingerprint`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, lock: IO[str] | None) -> None:
+        self.path, self.fingerprint = path, manifest.fingerprint
+        self._manifest, self._lock = manifest, lock
+        self._pending: dict[Key, Sample] = {}
+        self._pending_bytes, self._flushed = 0, time.monotonic()
+        self._places: dict[Key, tuple[Shard, int]] = {}
+        self._heads: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+        for info in manifest.shards:
+            self._take_in(Shard(path, info, manifest))
+
+    @classmethod
+    def create(
+        cls, path: str | PathLike[str], model: nn.Module | str, *, tokens: bool = True, hidden: bool = False
+    ) -> "ReferenceCache":
+        """Make an empty cache, open for writing.
+
+        Args:
+            path: a folder that does not exist or is empty.
+            model: the reference, or its fingerprint. Adapters that are off do not count.
+            tokens: keep likelihoods of single tokens, 4 bytes each.
+            hidden: keep hidden states, and the head.
+
+        Raises:
+            FileExistsError: if the folder holds something.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(f"path must be empty, got {folder}")
+        Manifest(_fingerprint(model), tokens, hidden).write(folder)
+        return cls.open(folder, None, write=True)
+
+    @classmethod
+    def open(
+        cls, path: str | PathLike[str], model: nn.Module | str | None, *, write: bool = False
+    ) -> "ReferenceCache":
+        """Open a cache.
+
+        Args:
+            path: its folder.
+            model: the reference or its fingerprint, which must be that of the cache; None trusts it.
+            write: also to add samples; what a killed writer left half done is cleared away.
+
+        Raises:
+            StoreError: if the folder is no cache, a file is missing, truncated or foreign, another model made it, or
+                another process writes.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        if model is not None:
+            _check_model(folder, manifest, _fingerprint(model))
+        lock = _files.locked(folder) if write else None
+        if write:
+            manifest = Manifest.read(folder)
+            known = {info.name for info in manifest.shards} | ({files.HEAD} if manifest.head else set())
+            for child in folder.iterdir():
+                if child.is_dir() and child.name not in known:
+                    shutil.rmtree(child)
+        return cls(folder, manifest, lock)
+
+    @classmethod
+    def build(
+        cls,
+        path: str | PathLike[str],
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        tokens: bool = True,
+        hidden: bool = False,
+        key: str = "index",
+        rows: MakeRows = hidden_rows,
+        progress: Progress | None = None,
+    ) -> "ReferenceCache":
+        """Run a model over a data set once and keep what losses need of it, or go on where an earlier call was killed.
+
+        Batches whose samples are all there are skipped without a forward pass. The model runs without gradients, in
+        evaluation mode, and is left in the mode it was in.
+
+        Args:
+            path: the folder, new or that of an earlier call.
+            model: the reference; under PEFT inside `adapter_off`.
+            batches: mappings with the model's inputs, `labels` if not all tokens count, and a key for each sample.
+            tokens: keep likelihoods of single tokens.
+            hidden: keep hidden states of the tokens that count, and the head.
+            key: under which name a batch has its samples' keys, integers or strings.
+            rows: what makes hidden states of a batch.
+            progress: called with the number of samples that are there.
+
+        Returns:
+            The cache, closed for writing.
+
+        Raises:
+            ValueError: if a batch has no keys.
+            StoreError: as `open`, or if the folder keeps something else than what is asked for here.
+        """
+        cache = cls._resumed(Path(path), model, tokens, hidden)
+        training = model.training
+        try:
+            model.eval()
+            for batch in batches:
+                keys = _keys(batch, key)
+                if not all(k in cache for k in keys):
+                    with torch.no_grad():
+                        cache.add(keys, rows(model, batch))
+                if progress is not None:
+                    progress(len(cache))
+            cache.flush()
+        finally:
+            model.train(training)
+            cache.close()
+        return cache
+
+    @classmethod
+    def _resumed(cls, folder: Path, model: nn.Module, tokens: bool, hidden: bool) -> "ReferenceCache":
+        if not (folder / files.MANIFEST).exists():
+            return cls.create(folder, model, tokens=tokens, hidden=hidden)
+        cache = cls.open(folder, model, write=True)
+        found = cache._manifest.with_tokens, cache._manifest.with_hidden
+        if found != (tokens, hidden):
+            cache.close()
+            raise StoreError(
+                f"{folder} keeps tokens={found[0]}, hidden={found[1]}, asked for were tokens={tokens}, hidden={hidden}"
+            )
+        return cache
+
+    def __enter__(self) -> "ReferenceCache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._pending)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._places or key in self._pending
+
+    def keys(self) -> list[Key]:
+        """Keys of all samples, in the order of writing."""
+        return [*self._places, *self._pending]
+
+    def close(self) -> None:
+        """Flush and let others write."""
+        if self._lock is not None:
+            try:
+                self.flush()
+            finally:
+                self._lock.close()
+                self._lock = None
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise StoreError(f"{self.path} is not open for writing: pass write=True to open")
+
+    def add(self, keys: Sequence[Key], rows: HiddenRows) -> None:
+        """Take in samples; those whose key is there already are left as they are.
+
+        They are safe on disk after `flush`, which comes by itself every 30 seconds or 256 MB.
+
+        Args:
+            keys: one a sequence, integers or strings.
+            rows: hidden states of the reference, its head, and shifted labels.
+
+        Raises:
+            ValueError: if there are not as many keys as sequences.
+            StoreError: if the cache is not open for writing, or keeps numbers of another type.
+        """
+        self._writable()
+        if len(keys) != len(rows.labels):
+            raise ValueError(f"keys must be one a sequence, {len(rows.labels)}, got {len(keys)}")
+        nll = linear_nll(rows.h.detach(), rows.W.detach(), rows.labels, **rows.options).detach().cpu()
+        self._fix_types(nll, rows)
+        counting = rows.labels != rows.options.get("ignore_index", -100)
+        for i, key in enumerate(keys):
+            if key not in self:
+                self._pend(key, nll[i], rows.h[i], rows.labels[i], counting[i])
+        if self._pending_bytes >= _FLUSH_BYTES or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self.flush()
+
+    def _pend(self, key: Key, nll: Tensor, h: Tensor, labels: Tensor, counting: Tensor) -> None:
+        hidden = h[counting].detach().cpu() if self._manifest.with_hidden else None
+        sample = Sample(key, files.digest_of(labels[counting]), nll[counting.cpu()], hidden)
+        self._pending[key] = sample
+        self._pending_bytes += sample.nll.nbytes + (0 if hidden is None else hidden.nbytes)
+
+    def _fix_types(self, nll: Tensor, rows: HiddenRows) -> None:
+        """The first samples say of which types a cache's numbers are, and bring the head."""
+        m, dtype, states = self._manifest, files.name_of(nll.dtype), files.name_of(rows.h.dtype)
+        if m.dtype is None:
+            m.dtype = dtype
+            if m.with_hidden:
+                m.width, m.states = rows.h.shape[-1], states
+                files.write_head(self.path, m, rows.W, rows.options.get("bias"))
+            m.write(self.path)
+        if m.dtype != dtype or (m.with_hidden and (m.width, m.states) != (rows.h.shape[-1], states)):
+            raise StoreError(
+                f"{self.path} keeps likelihoods of {m.dtype} and hidden states of {m.states}, width {m.width}, "
+                f"got {dtype} and {states}, width {rows.h.shape[-1]}"
+            )
+
+    def flush(self) -> None:
+        """Write what was added as a new shard.
+
+        Raises:
+            StoreError: if the cache is not open for writing.
+        """
+        self._writable()
+        self._flushed = time.monotonic()
+        if not self._pending:
+            return
+        info = files.write_shard(self.path, self._manifest, list(self._pending.values()))
+        self._manifest.shards.append(info)
+        self._manifest.write(self.path)
+        self._pending, self._pending_bytes = {}, 0
+        self._take_in(Shard(self.path, info, self._manifest))
+
+    def _take_in(self, shard: Shard) -> None:
+        self._places.update({key: (shard, row) for row, key in enumerate(shard.keys)})
+
+    def sequence_nll(
+        self, keys: Sequence[Key], labels: Tensor | None = None, *, ignore_index: int = -100
+    ) -> Tensor:
+        """Sums of negative log-likelihoods under the reference, (B,): `reference_nll` of `npo` and `dpo`.
+
+        Args:
+            keys: of the samples.
+            labels: (B, T), shifted, of the same samples; checked against those of the reference.
+            ignore_index: the label of tokens that do not count.
+
+        Returns:
+            (B,) float64, on the device of `labels`.
+
+        Raises:
+            KeyError: if a sample is not there.
+            StoreError: if a sample had other labels when the reference saw it.
+        """
+        places = self._found(keys, labels, ignore_index)
+        sums = torch.stack([shard.sums[row] for shard, row in places]) if places else torch.zeros(0).double()
+        return sums if labels is None else sums.to(labels.device)
+
+    def token_nll(self, keys: Sequence[Key], labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Negative log-likelihoods of the tokens under the reference, (B, T): `reference_nll` of `tnpo` and `wtnpo`.
+
+        As `linear_nll` returned them: wherever the padding is, 0 where a label does not count.
+
+        Args:
+            keys: of the samples.
+            labels: (B, T), shifted.
+            ignore_index: the label of tokens that do not count.
+
+        Raises:
+            KeyError: if a sample is not there.
+            StoreError: if a sample had other labels when the reference saw it, or the cache keeps sums alone.
+        """
+        if not self._manifest.with_tokens:
+            raise StoreError(f"{self.path} keeps sums alone: build it with tokens=True")
+        places = self._found(keys, labels, ignore_index)
+        parts = [shard.nll[shard.tokens(row)] for shard, row in places if shard.nll is not None]
+        return _spread(parts, labels, ignore_index, (), self._manifest.dtype)
+
+    def reference(self, keys: Sequence[Key], labels: Tensor, *, ignore_index: int = -100) -> Reference:
+        """Hidden states and head of the reference: `reference` of `linear_kl`, `kl_retain`, `undial` and their like.
+
+        Rows that do not count are 0, so that the loss must leave them out: `labels=`, or `fixed=True` of `undial`.
+        For a divergence over prompts too, build the cache of batches without labels and give `input_ids[:, 1:]` here,
+        with padding ignored.
+
+        Args:
+            keys: of the samples.
+            labels: (B, T), shifted.
+            ignore_index: the label of rows that do not count.
+
+        Returns:
+            Hidden states (B, T, d'), head (V, d') and bias (V,) or None, in the reference's dtypes, on the device of
+            `labels`, where the head then stays.
+
+        Raises:
+            KeyError: if a sample is not there.
+            StoreError: if a sample had other labels when the reference saw it, or the cache has no hidden states.
+        """
+        if not self._manifest.with_hidden:
+            raise StoreError(f"{self.path} has no hidden states: build it with hidden=True")
+        places = self._found(keys, labels, ignore_index)
+        parts = [shard.hidden[shard.tokens(row)] for shard, row in places if shard.hidden is not None]
+        h = _spread(parts, labels, ignore_index, (self._manifest.width,), self._manifest.states)
+        return h, *self._head(labels.device)
+
+    def _head(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if device not in self._heads:
+            W, bias = files.read_head(self.path, self._manifest)
+            self._heads[device] = W.to(device), None if bias is None else bias.to(device)
+        return self._heads[device]
+
+    def _found(
+        self, keys: Sequence[Key], labels: Tensor | None, ignore_index: int
+    ) -> list[tuple[Shard, int]]:
+        if self._pending and not self._pending.keys().isdisjoint(keys):
+            self.flush()
+        if labels is not None and (labels.dim() != 2 or len(labels) != len(keys)):
+            raise ValueError(f"labels must have shape ({len(keys)}, T), got {tuple(labels.shape)}")
+        places = []
+        for i, key in enumerate(keys):
+            if key not in self._places:
+                raise KeyError(f"{self.path} has no sample {key!r}; build goes on where it ended")
+            shard, row = self._places[key]
+            if labels is not None:
+                own = labels[i][labels[i] != ignore_index]
+                if len(own) != int(shard.lengths[row]) or files.digest_of(own) != int(shard.digests[row]):
+                    raise StoreError(
+                        f"labels of sample {key!r} are not those that the reference saw "
+                        f"({len(own)} count, {int(shard.lengths[row])} did): build a new cache for this data"
+                    )
+            places.append((shard, row))
+        return places
+
+    def verify(self) -> None:
+        """Read everything and compare checksums.
+
+        Raises:
+            StoreError: if a file is damaged.
+        """
+        for info in self._manifest.shards:
+            for name, (size, crc) in info.files.items():
+                _files.check_bytes(self.path / info.name / name, size, crc)
+        for name, (size, crc) in self._manifest.head_files.items():
+            _files.check_bytes(self.path / files.HEAD / name, size, crc)
+
+
+def _fingerprint(model: nn.Module | str) -> str:
+    return model if isinstance(model, str) else fingerprint(model)
+
+
+def _check_model(folder: Path, manifest: Manifest, found: str) -> None:
+    if manifest.fingerprint != found:
+        raise StoreError(
+            f"{folder} was made by another model: its fingerprint is {manifest.fingerprint[:12]}, this model's "
+            f"{found[:12]}. Load the weights and the dtype that made it, with adapters off if it was made of a base "
+            "model, or build a new cache"
+        )
+
+
+def _keys(batch: Any, name: str) -> list[Key]:
+    if name not in batch:
+        raise ValueError(f"batches must have their samples' keys under {name!r}, got {sorted(batch)}")
+    found = batch[name]
+    return found.tolist() if isinstance(found, Tensor) else list(found)
+
+
+def _spread(
+    parts: list[Tensor], labels: Tensor, ignore_index: int, tail: tuple[int, ...], dtype: str | None
+) -> Tensor:
+    """Tokens that count, put where their labels are."""
+    target = getattr(torch, dtype or "float32")
+    out = torch.zeros(*labels.shape, *tail, dtype=target, device=labels.device)
+    if parts:
+        out[labels != ignore_index] = torch.cat(parts).to(labels.device)
+    return out
