@@ -13,6 +13,7 @@ import torch
 
 from unlearn_kernels.influence import GradientStore, StoreError, merge
 from unlearn_kernels.influence._codes import decode, encode
+from unlearn_kernels.influence._shards import Manifest
 from unlearn_kernels.testing import at_threads, randn, relative_error
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -161,6 +162,54 @@ def test_deletion_and_compaction(tmp_path: Path, dtype: str) -> None:
     store.compact()
     assert len(store) == 0
     assert store.topk(queries, 0).ids.shape == (4, 0)
+
+
+def test_ids_of_rows_that_are_gone_are_not_given_again(tmp_path: Path) -> None:
+    store = filled(tmp_path, "float32", randn(10, 4))
+    store.delete([2, 9])
+    store.compact()
+    store.append(randn(1, 4))
+    store.close()
+    with GradientStore.open(tmp_path / "store", write=True) as store:
+        store.append(randn(2, 4))
+        store.flush()
+        assert store.ids().tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12]
+
+
+def test_a_reader_that_comes_while_shards_are_compacted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path, "float32", randn(10, 4))
+    before = Manifest.read(store.path)
+    store.delete([3])
+    store.compact()
+    after = Manifest.read(store.path)
+    known = iter([before, before, after, after])
+    monkeypatch.setattr(Manifest, "read", staticmethod(lambda folder: next(known)))
+    assert GradientStore.open(store.path).ids().tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_stale_reader_of_metadata_is_told(tmp_path: Path) -> None:
+    with GradientStore.create(tmp_path / "store", 4) as store:
+        store.append(randn(2, 4), metadata=["a", "b"])
+        store.flush()
+        reader = GradientStore.open(store.path)
+        store.delete([0])
+        store.compact()
+    with pytest.raises(StoreError, match=r"metadata\.json is missing"):
+        reader.row_metadata()
+    reader.refresh()
+    assert reader.row_metadata() == ["b"]
+
+
+def test_a_writer_clears_away_its_own_kind_only(tmp_path: Path) -> None:
+    store = filled(tmp_path, "float32", randn(3, 4), parts=1)
+    store.close()
+    path = store.path
+    for name in ("notes", "00000007", "00000008.tmp"):
+        (path / name).mkdir()
+    GradientStore.open(path, write=True).close()
+    assert sorted(x.name for x in path.iterdir() if x.is_dir()) == ["00000000", "notes"]
 
 
 def test_one_writer_many_readers(tmp_path: Path) -> None:

@@ -40,13 +40,14 @@ class ShardInfo:
 
 @dataclass
 class Manifest:
-    """All that a store is, but its arrays."""
+    """All that a store is, but its arrays. `rows_written` counts those that are gone, too: ids go on from it."""
 
     width: int
     dtype: str
     block: int
     unbiased: bool
     next_shard: int = 0
+    rows_written: int = 0
     shards: list[ShardInfo] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +141,7 @@ class Shard:
         """What was given with each row, or None."""
         if "metadata.json" not in self.info.files:
             return [None] * self.info.rows
+        _files.check_size(self.folder / "metadata.json", self.info.files["metadata.json"][0])
         return list(json.loads((self.folder / "metadata.json").read_bytes()))
 
     def decoded(self, rows: slice | Tensor) -> Tensor:
@@ -155,3 +157,28 @@ class Shard:
         """
         for name, (size, crc) in self.info.files.items():
             _files.check_bytes(self.folder / name, size, crc)
+
+
+def read_store(folder: Path) -> tuple[Manifest, list[Shard]]:
+    """The manifest of a folder and the shards that it names.
+
+    Raises:
+        StoreError: if the folder is no store, or a file is missing, truncated or foreign.
+    """
+    while True:
+        manifest = Manifest.read(folder)
+        try:
+            return manifest, [Shard(folder, info, manifest) for info in manifest.shards]
+        except _files.StoreError:
+            # A writer may have compacted the store since its manifest was read.
+            if Manifest.read(folder) == manifest:
+                raise
+
+
+def clear_unnamed(folder: Path, manifest: Manifest) -> None:
+    """Removes shards that a killed writer left without naming them in the manifest; nobody else's folders."""
+    named = {info.name for info in manifest.shards}
+    for child in folder.iterdir():
+        stem = child.name.removesuffix(".tmp")
+        if child.is_dir() and len(stem) == 8 and stem.isdigit() and child.name not in named:
+            shutil.rmtree(child)

@@ -18,6 +18,8 @@ from unlearn_kernels.influence._shards import (
     Manifest,
     Shard,
     ShardInfo,
+    clear_unnamed,
+    read_store,
     write_deleted,
     write_shard,
 )
@@ -55,11 +57,13 @@ class GradientStore:
         metadata: what was given to `create`.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, lock: IO[str] | None) -> None:
-        self.path, self._manifest, self._lock = path, manifest, lock
+    def __init__(self, path: Path, lock: IO[str] | None) -> None:
+        self.path, self._lock = path, lock
+        self._manifest, self._shards = read_store(path)
         self._pending = Batch([], [], [], [])
-        self._generator = torch.Generator().manual_seed(manifest.next_shard) if manifest.unbiased else None
-        self._shards = [Shard(path, info, manifest) for info in manifest.shards]
+        self._generator: torch.Generator | None = None
+        if self._manifest.unbiased:
+            self._generator = torch.Generator().manual_seed(self._manifest.next_shard)
 
     @classmethod
     def create(
@@ -107,15 +111,11 @@ class GradientStore:
             StoreError: if the folder is no store, a file is missing, truncated or foreign, or another process writes.
         """
         folder = Path(path)
-        manifest = Manifest.read(folder)
+        Manifest.read(folder)  # before a lock file is left in a folder that is no store
         lock = locked(folder) if write else None
         if write:
-            manifest = Manifest.read(folder)
-            known = {info.name for info in manifest.shards}
-            for child in folder.iterdir():
-                if child.is_dir() and child.name not in known:
-                    shutil.rmtree(child)
-        return cls(folder, manifest, lock)
+            clear_unnamed(folder, Manifest.read(folder))
+        return cls(folder, lock)
 
     def __enter__(self) -> "GradientStore":
         return self
@@ -150,8 +150,7 @@ class GradientStore:
 
     def refresh(self) -> None:
         """Take in what was flushed since the store was opened."""
-        self._manifest = Manifest.read(self.path)
-        self._shards = [Shard(self.path, info, self._manifest) for info in self._manifest.shards]
+        self._manifest, self._shards = read_store(self.path)
 
     def _writable(self) -> None:
         if self._lock is None:
@@ -175,7 +174,7 @@ class GradientStore:
                 f"rows must be (n, {self.width}), floating-point, got {rows.dtype} {tuple(rows.shape)}"
             )
         n, x = len(rows), rows.detach().cpu()
-        written = sum(info.rows for info in self._manifest.shards) + len(self._pending)
+        written = self._manifest.rows_written + len(self._pending)
         ids = torch.arange(written, written + n) if ids is None else ids.detach().cpu().long()
         if ids.shape != (n,) or (metadata is not None and len(metadata) != n):
             raise ValueError(f"ids and metadata must have {n} elements")
@@ -201,6 +200,7 @@ class GradientStore:
         if len(self._pending) == 0:
             return
         info = self._write_shard(self._pending)
+        self._manifest.rows_written += len(self._pending)
         self._pending = Batch([], [], [], [])
         self._manifest.shards.append(info)
         self._manifest.write(self.path)
