@@ -5,6 +5,7 @@ from unlearn_kernels.influence.datainf import datainf, datainf_damping, squared_
 from unlearn_kernels.influence.ekfac import EKFAC, covariance, squared_gradients, squared_rows
 from unlearn_kernels.influence.layers import layer_projections
 from unlearn_kernels.influence.projection import Projection, RunningProjection
+from unlearn_kernels.influence.ranks import RankedStore
 from unlearn_kernels.influence.sample_losses import class_losses, language_losses, noise_losses
 from unlearn_kernels.influence.search import TopK, topk
 from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
@@ -30,6 +31,7 @@ __all__ = [
     "InfluenceCollector",
     "Iterated",
     "Projection",
+    "RankedStore",
     "RunningProjection",
     "Solution",
     "StoreError",
