@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed import surgery
+from tests.distributed import influence, surgery
 from tests.per_sample.models import Text, clipped, flattened, half_square, looped, sqnorms, text
 from unlearn_kernels.per_sample import PerSampleGradients
 from unlearn_kernels.testing import relative_error
@@ -106,6 +106,7 @@ def run(rank: int, world: int, port: int) -> None:
         check_data_parallel(shard)
         check_tensor_parallel()
         surgery.check()
+        influence.check()
     finally:
         dist.destroy_process_group()
 

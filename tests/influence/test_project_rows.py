@@ -56,3 +56,18 @@ def test_opcheck_and_vmap() -> None:
     torch.library.opcheck(op.default, (g[0], 10, 7, blocks))
     batched = torch.vmap(lambda x: op(x, 10, 7, blocks))(g)
     assert torch.equal(batched, torch.stack([op(x, 10, 7, blocks) for x in g]))
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "srht"])
+@pytest.mark.parametrize(("offset", "width"), [(0, 128), (256, 128), (7, 128), (130, 50), (1, 3)])
+def test_a_matrix_that_is_a_part(kind: str, offset: int, width: int) -> None:
+    """It begins at some coordinate and does not end with the last."""
+    rows, g = torch.tensor([8, 0, 3]), randn(4, 3, width, dtype=torch.float64)
+    p = Projection(offset + 9 * width + 5, 20, kind, 2)
+    whole = torch.zeros(4, p.dim, dtype=torch.float64)
+    whole[:, offset : offset + 9 * width].view(4, 9, width)[:, rows] = g
+    assert relative_error(p.project_rows(g, rows, offset=offset), p(whole)) < 1e-12
+    with pytest.raises(ValueError, match=r"rows must be in \[0, \d+\)"):
+        p.project_rows(g, rows + width + 9, offset=offset)
+    with pytest.raises(ValueError, match="offset must be between 0 and"):
+        p.project_rows(g, rows, offset=p.dim + 1)

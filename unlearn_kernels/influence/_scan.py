@@ -33,6 +33,16 @@ if have_C:
     _ops.register_raw("scan_codes", _fake_codes, None)
 
 
+def products(queries: Tensor, rows: Tensor) -> Tensor:
+    """Inner products (Q, n), float32, with the same bits whatever rows and queries are beside one, at any thread count.
+
+    It is the product behind a linear layer's gradient; torch's own has other bits for other shapes.
+    """
+    if not have_C:
+        return queries @ rows.T
+    return _ops.raw("linear_grads")(rows.T[None], queries.T[None], False)[0][0]
+
+
 def scan_shard(shard: Shard, queries: Tensor, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
     """Values (Q, at most k) and rows of the shard, for each end that is asked for (1 largest, 2 smallest, 3 both)."""
     most = min(shard.info.rows, k + shard.info.deleted_rows)

@@ -234,39 +234,46 @@ class Projection:
             raise ValueError(f"kind must be 'two_sided' to have matrices, got {self.kind!r}")
         return self._kind.matrices
 
-    def project_rows(self, g: Tensor, rows: Tensor, *, backend: Backend | None = None) -> Tensor:
+    def project_rows(
+        self, g: Tensor, rows: Tensor, *, offset: int | None = None, backend: Backend | None = None
+    ) -> Tensor:
         r"""Return the projections of matrices, flattened row by row, that are zero outside some rows.
 
         Args:
-            g: those rows of each matrix, (B, n, d), where d divides `dim`.
+            g: those rows of each matrix, (B, n, d).
             rows: which they are, n different numbers, int64.
+            offset: the coordinate at which the matrix begins, where it is a part of what is projected; None: it is
+                all of it, and d divides `dim`.
             backend: see `unlearn_kernels.use_backend`.
 
         Returns:
             (B, k), what `project` gives for the whole matrices up to rounding, for `n d k` sign products each.
 
         Raises:
-            ValueError: if `g` or `rows` do not fit.
+            ValueError: if `g`, `rows` or `offset` do not fit.
 
         Scratch: that of `project`; where d is no multiple of 128, also a copy of `g`, each row of which grows
         by at most 254 coordinates.
         """
-        if g.dim() != 3 or g.shape[2] == 0 or self.dim % g.shape[2] != 0:
+        if g.dim() != 3 or g.shape[2] == 0 or (offset is None and self.dim % g.shape[2] != 0):
             raise ValueError(
                 f"g must have shape (B, n, d) with d a divisor of {self.dim}, got {tuple(g.shape)}"
             )
-        self._check_index("rows", rows, self.dim // g.shape[2])
+        offset = 0 if offset is None else offset
+        if not 0 <= offset <= self.dim:
+            raise ValueError(f"offset must be between 0 and {self.dim}, got {offset}")
+        self._check_index("rows", rows, (self.dim - offset) // g.shape[2])
         if len(rows) != g.shape[1]:
             raise ValueError(f"rows must have {g.shape[1]} elements, got {len(rows)}")
         if self.kind != "rademacher":
-            return self._rows_by_parts(g.detach(), rows, backend)
-        flat, blocks = _blocked(g.detach(), rows.long())
+            return self._rows_by_parts(g.detach(), rows, offset, backend)
+        flat, blocks = _blocked(g.detach(), rows.long(), offset)
         return select("rademacher_project", backend, (flat,))(flat, self.k, self.seed, blocks)
 
-    def _rows_by_parts(self, g: Tensor, rows: Tensor, backend: Backend | None) -> Tensor:
+    def _rows_by_parts(self, g: Tensor, rows: Tensor, offset: int, backend: Backend | None) -> Tensor:
         total = g.new_zeros(g.shape[0], self.k, dtype=torch.float64)
         for n, row in enumerate(rows.tolist()):
-            total += self.project_part(g[:, n], row * g.shape[2], backend=backend)
+            total += self.project_part(g[:, n], offset + row * g.shape[2], backend=backend)
         return total.to(accumulation_dtype(g))
 
     @staticmethod
@@ -332,13 +339,13 @@ class RunningProjection:
         return self._total.to(self._dtype)
 
 
-def _blocked(g: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _blocked(g: Tensor, rows: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """Rows (B, n, d) of a matrix as whole blocks of coordinates, zero elsewhere, and the numbers of the blocks."""
     block, d = reference.SIGNS_A_CALL, g.shape[2]
-    if d % block == 0:
-        per_row = torch.arange(d // block, device=g.device)
+    if d % block == 0 and offset % block == 0:
+        per_row = torch.arange(d // block, device=g.device) + offset // block
         return g.flatten(1), (rows[:, None] * (d // block) + per_row).flatten()
-    coordinates = (rows[:, None] * d + torch.arange(d, device=g.device)).flatten()
+    coordinates = (offset + rows[:, None] * d + torch.arange(d, device=g.device)).flatten()
     blocks, place = torch.unique(coordinates // block, return_inverse=True)
     flat = g.new_zeros(g.shape[0], len(blocks) * block)
     flat[:, place * block + coordinates % block] = g.flatten(1)

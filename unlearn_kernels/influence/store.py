@@ -12,7 +12,7 @@ from torch import Tensor
 from unlearn_kernels._files import StoreError, locked
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import FORMATS, Format
-from unlearn_kernels.influence._scan import scan_shard
+from unlearn_kernels.influence._scan import products, scan_shard
 from unlearn_kernels.influence._shards import (
     Batch,
     Manifest,
@@ -324,12 +324,14 @@ class GradientStore:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids (n,) and scores (Q, n), float32, of at most `size` rows at a time, in the order of the store.
 
+        A score has the same bits in whatever block and shard its row is.
+
         Raises:
             ValueError: if `queries` do not fit.
         """
         folded, done = self._folded(queries, preconditioner), 0
         for ids, rows in self.blocks(size):
-            yield ids, folded @ rows.T
+            yield ids, products(folded, rows)
             done += len(ids)
             if progress is not None:
                 progress(done, len(self))

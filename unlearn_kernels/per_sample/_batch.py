@@ -113,22 +113,19 @@ class Batch:
             )
 
     def _project_whole(self, uses: Mapping[str, Use], projection: Projection) -> Tensor:
-        """One sample's whole gradient at a time."""
+        """Parameter after parameter: never a gradient of the whole model."""
         total = sum(p.numel() for p in self.parameters.values())
         if projection.dim != total:
             raise ValueError(
                 f"projection must have dim {total}, all followed parameters, got {projection.dim}"
             )
-        rows = []
-        for i in range(self.samples):
-            parts = {name: use.rows(slice(i, i + 1)).grads().flatten() for name, use in uses.items()}
-            some = next(iter(parts.values()))
-            whole = [
-                parts[name] if name in parts else some.new_zeros(p.numel())
-                for name, p in self.parameters.items()
-            ]
-            rows.append(projection.project(torch.cat(whole)))
-        return torch.stack(rows) * self.scale
+        device, offset = next(iter(uses.values())).device, 0
+        out = torch.zeros(self.samples, projection.k, dtype=torch.float64, device=device)
+        for name, p in self.parameters.items():
+            if name in uses:
+                out += uses[name].project_part(projection, offset).to(device)
+            offset += p.numel()
+        return (out * self.scale).to(self._dtype(uses))
 
     @torch.no_grad()
     def weighted_sum_(self, w: Tensor, *, release: bool) -> None:

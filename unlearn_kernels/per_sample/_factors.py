@@ -26,12 +26,20 @@ def project_factors(
 def _by_rows(a: Tensor, g: Tensor, projection: Projection, bias: bool, backend: Backend | None) -> Tensor:
     """The gradients of some outputs at a time."""
     wide = accumulation_dtype(a, g)
-    batch, d, p = a.shape[0], a.shape[2], g.shape[2]
-    total = torch.zeros(batch, projection.k, dtype=torch.float64, device=a.device)
-    step = max(1, _AT_ONCE // max(batch * d, 1))
-    for first in range(0, p, step):
-        rows = g[:, :, first : first + step].to(wide).mT @ a.to(wide)
-        total += projection.project_part(rows.flatten(1), first * d, backend=backend)
+    total = project_part(a, g, projection, 0, backend)
     if bias:
-        total += projection.project_part(g.to(wide).sum(1), p * d, backend=backend)
+        total += projection.project_part(g.to(wide).sum(1), g.shape[2] * a.shape[2], backend=backend)
     return total.to(wide)
+
+
+def project_part(
+    a: Tensor, g: Tensor, projection: Projection, offset: int, backend: Backend | None = None
+) -> Tensor:
+    """What `sum_t g_t a_t^T`, whose first coordinate is `offset`, adds to a projection, (B, k) float64."""
+    wide, d = accumulation_dtype(a, g), a.shape[2]
+    total = torch.zeros(a.shape[0], projection.k, dtype=torch.float64, device=a.device)
+    step = max(1, _AT_ONCE // max(a.shape[0] * d, 1))
+    for first in range(0, g.shape[2], step):
+        rows = g[:, :, first : first + step].to(wide).mT @ a.to(wide)
+        total += projection.project_part(rows.flatten(1), offset + first * d, backend=backend)
+    return total

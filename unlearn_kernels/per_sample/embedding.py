@@ -328,9 +328,53 @@ def project(
         raise ValueError(
             f"projection must have dim num_embeddings * d = {num_embeddings * g.shape[2]}, got {projection.dim}"
         )
+    return _projected(ids, g, projection, 0, padding, backend)
+
+
+def project_part(
+    ids: Tensor,
+    G: Tensor,
+    projection: Projection,
+    offset: int,
+    num_embeddings: int,
+    padding_idx: int | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """What a table of embeddings that begins at coordinate `offset` of a flattened model adds to a projection.
+
+    Args:
+        ids: as in `sqnorms`.
+        G: gradients at the embedding's outputs, (B, ..., d).
+        projection: of the whole model.
+        offset: where the table begins.
+        num_embeddings: rows of the table.
+        padding_idx: the id whose row gets no gradient.
+        backend: see `unlearn_kernels.use_backend`.
+
+    Returns:
+        (B, k); float32 (float64 for float64).
+
+    Raises:
+        ValueError: as `sqnorms`, or if the table does not lie within the projection's coordinates.
+
+    Scratch: that of `project`.
+    """
+    padding = _padding(num_embeddings, padding_idx)
+    ids, g = _folded(ids, G, num_embeddings)
+    if offset + num_embeddings * g.shape[2] > projection.dim:
+        raise ValueError(
+            f"projection must have dim {offset + num_embeddings * g.shape[2]} or more, got {projection.dim}"
+        )
+    return _projected(ids, g, projection, offset, padding, backend)
+
+
+def _projected(
+    ids: Tensor, g: Tensor, projection: Projection, offset: int, padding: int, backend: Backend | None
+) -> Tensor:
     out = g.new_zeros(g.shape[0], projection.k, dtype=accumulation_dtype(g))
     for rows, touched in _touched(ids, g, padding, backend):
-        out += projection.project_rows(touched, rows, backend=backend)
+        out += projection.project_rows(touched, rows, offset=offset, backend=backend)
     return out
 
 

@@ -228,7 +228,9 @@ class PerSampleGradients:
                 model's order; or one for each parameter, by name: a `Projection` of its size, or `TwoSided`.
 
         Returns:
-            (B, k), or a dict of them by name. The first form has one sample's whole gradient in memory.
+            (B, k), or a dict of them by name; float32 (float64 if a parameter is). The first form takes the
+            parameters one after another, 16 MB of gradients at a time: of a linear layer some rows of all samples,
+            of a convolution some samples.
         """
         return self.batch.project(projection)
 

@@ -49,6 +49,11 @@ class EmbeddingUse(Use):
             self.ids, self.G, projection, num_embeddings=self.num_embeddings, padding_idx=self.padding_idx
         )
 
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
+        return embedding.project_part(
+            self.ids, self.G, projection, offset, self.num_embeddings, self.padding_idx
+        )
+
     def joined(self, other: Use) -> Use | None:
         if not isinstance(other, EmbeddingUse) or other.padding_idx != self.padding_idx:
             return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_kernels.influence import Projection
-from unlearn_kernels.per_sample import linear
+from unlearn_kernels.per_sample import _factors, linear
 from unlearn_kernels.per_sample._types import TwoSided
 from unlearn_kernels.per_sample.modules.layer import Kept, Layer, only
 from unlearn_kernels.per_sample.modules.use import Dense, Use, widened
@@ -40,6 +40,9 @@ class LinearUse(Use):
 
     def project(self, projection: Projection | TwoSided) -> Tensor:
         return linear.project(self.A, self.G, projection)
+
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
+        return _factors.project_part(self.A, self.G, projection, offset)
 
     def joined(self, other: Use) -> Use | None:
         if not isinstance(other, LinearUse):

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from unlearn_kernels.influence import Projection
 from unlearn_kernels.per_sample._types import TwoSided
 from unlearn_kernels.reference.dtypes import accumulation_dtype
+
+AT_ONCE: Final = 1 << 22  # elements of gradients
 
 
 class Use(ABC):
@@ -39,6 +42,14 @@ class Use(ABC):
     @abstractmethod
     def project(self, projection: Projection | TwoSided) -> Tensor:
         """The projected gradients, (B, k)."""
+
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
+        """What a parameter that begins at coordinate `offset` of a flattened model adds to a projection, (B, k)."""
+        size = self.rows(slice(0, 1)).grads().numel() if self.samples else 1
+        step = max(1, AT_ONCE // max(size, 1))
+        starts = range(0, max(self.samples, 1), step)
+        parts = (self.rows(slice(i, i + step)).grads().flatten(1) for i in starts)
+        return torch.cat([projection.project_part(g, offset) for g in parts])
 
     def joined(self, other: "Use") -> "Use | None":
         """One use whose gradients are the sums of both, sample by sample, or None."""
@@ -130,6 +141,9 @@ class Dense(Use):
     def project(self, projection: Projection | TwoSided) -> Tensor:
         return project_dense(self.values, projection)
 
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
+        return projection.project_part(self.values.flatten(1), offset)
+
     def joined(self, other: Use) -> Use | None:
         return Dense(self.values + other.values) if isinstance(other, Dense) else None
 
@@ -170,6 +184,9 @@ class Summed(Use):
     def project(self, projection: Projection | TwoSided) -> Tensor:
         return sum_of([part.project(projection) for part in self.parts])
 
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
+        return sum_of([part.project_part(projection, offset) for part in self.parts])
+
     def known_dots(self, other: Use, summed: bool) -> Tensor | None:
         theirs = other.parts if isinstance(other, Summed) else [other]
         return sum_of([dots(a, b, summed) for a in self.parts for b in theirs])
@@ -207,6 +224,9 @@ class NormsOnly(Use):
         raise self._missing()
 
     def project(self, projection: Projection | TwoSided) -> Tensor:
+        raise self._missing()
+
+    def project_part(self, projection: Projection, offset: int) -> Tensor:
         raise self._missing()
 
     def known_dots(self, other: Use, summed: bool) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""The parts of `examples/audit_removal.py`."""
