@@ -22,17 +22,6 @@ from unlearn_kernels.testing import assert_as_exact_as, randn
 pytestmark = pytest.mark.skipif(not _loader.have_C, reason="the extension is not built")
 ROOT = Path(__file__).parents[1]
 NOT_OPERATORS = {"isa", "find_clash", "datainf_scores", "cholesky_update", "scan_rows", "scan_codes"}
-# A CUDA tensor goes to the reference.
-WITHOUT_TRITON = {
-    "normal_project",
-    "dense_adjoint",
-    "sparse_project",
-    "hadamard_project",
-    "tensor_sketch",
-    "squared_gradients",
-    "squared_rows",
-    "covariance",
-}
 
 Arguments = tuple[Any, ...]
 OPERATORS = pytest.mark.parametrize("operator", REGISTRY.values(), ids=list(REGISTRY))
@@ -194,8 +183,7 @@ def test_every_schema_has_a_sample() -> None:
 
 @OPERATORS
 def test_has_every_implementation(operator: Operator) -> None:
-    needed = {"reference", "cpp"} if operator.name in WITHOUT_TRITON else {"reference", "cpp", "triton"}
-    assert needed <= set(operator.impls) <= set(BACKENDS)
+    assert {"reference", "cpp", "triton"} <= set(operator.impls) <= set(BACKENDS)
     assert importlib.import_module(f"unlearn_kernels.{operator.family}")
     assert operator.formula
     assert set(operator.impls["cpp"].dtypes) == set(FLOATS)

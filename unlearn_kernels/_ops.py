@@ -1,5 +1,6 @@
 """What the families share when they register operators: reasons, entry points, fakes."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Final
@@ -80,6 +81,16 @@ def register_operator(
     if _loader.have_C:
         register_raw(op, fake, triton)
     return register(Operator(name, family, formula, impls, differentiable))
+
+
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """`unlearn_kernels.triton_kernels.<module>.<name>`, imported when it is called."""
+
+    def launch(*args: Any) -> Any:
+        found = importlib.import_module(f"unlearn_kernels.triton_kernels.{module}")
+        return getattr(found, name)(*args)
+
+    return launch
 
 
 # The Triton launcher of each raw operator, for those who run launchers without a GPU.

@@ -19,7 +19,7 @@ from tests.test_registry import (
     raw,
     sample_of,
 )
-from unlearn_kernels import _loader, _ops
+from unlearn_kernels import _loader
 from unlearn_kernels._backends import FLOATS, Operator
 from unlearn_kernels._samples import SAMPLES, results, tensors_in
 from unlearn_kernels.testing import assert_as_exact_as
@@ -41,14 +41,6 @@ FROM_THE_HOST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def bound(request: pytest.FixtureRequest, device: str) -> None:
-    """Skips raw operators that the device has no kernel of."""
-    name = request.node.callspec.params.get("name")
-    if device == "cuda" and name is not None and name not in _ops.LAUNCHERS:
-        pytest.skip(f"{name} has no Triton kernel")
-
-
 def moved(arguments: Arguments, device: str) -> Arguments:
     """The arguments on the device, with the strides that they have."""
 
@@ -61,8 +53,6 @@ def moved(arguments: Arguments, device: str) -> Arguments:
 def compare(operator: Operator, make: Any, device: str) -> None:
     """The device's implementation against the reference in float64, as near to it as the reference is."""
     backend = "triton" if device == "cuda" else "cpp"
-    if backend not in operator.impls:
-        pytest.skip(f"{operator.name} has no Triton kernel")
 
     def run(name: str, arguments: Arguments) -> list[Tensor]:
         return results(operator.impls[name].call, arguments, differentiable=operator.differentiable)

@@ -1,5 +1,7 @@
 """Registers the operators behind the products of curvature."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,18 @@ def _fake_datainf(rows: list[Tensor], queries: list[Tensor], norms: Tensor, damp
     return rows[0].new_empty(queries[0].shape[0], rows[0].shape[0], dtype=torch.float64)
 
 
-_ops.register_operator(
+def _register(name: str, formula: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    triton = _ops.launcher("influence_curvature", name)
+    _ops.register_operator(name, "influence", formula, reference=reference, fake=fake, triton=triton)
+
+
+_register(
     "squared_gradients",
-    "influence",
     "sum_n (sum_t g_nt a_nt^T)^2",
-    reference=curvature.squared_gradients,
-    fake=_fake_squared_gradients,
+    curvature.squared_gradients,
+    _fake_squared_gradients,
 )
-_ops.register_operator(
-    "squared_rows", "influence", "sum_b x_b^2", reference=curvature.squared_rows, fake=_fake_squared_rows
-)
-_ops.register_operator(
-    "covariance", "influence", "x^T x", reference=curvature.covariance, fake=_fake_covariance
-)
+_register("squared_rows", "sum_b x_b^2", curvature.squared_rows, _fake_squared_rows)
+_register("covariance", "x^T x", curvature.covariance, _fake_covariance)
 if have_C:
     _ops.register_raw("datainf_scores", _fake_datainf, None)

@@ -16,12 +16,6 @@ def _fake_rademacher(g: Tensor, k: int, seed: int, blocks: Tensor | None = None)
     return g.new_empty(g.shape[0], k, dtype=accumulation_dtype(g))
 
 
-def _triton_rademacher(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
-    from unlearn_kernels.triton_kernels import influence as kernels
-
-    return kernels.rademacher_project(g, k, seed, blocks)
-
-
 def _fake_normal(g: Tensor, k: int, seed: int, offset: int) -> Tensor:
     return g.new_empty(g.shape[0], k, dtype=accumulation_dtype(g))
 
@@ -47,8 +41,9 @@ def _register(
     formula: str,
     reference: Callable[..., Tensor],
     fake: Callable[..., Tensor],
-    triton: Callable[..., Tensor] | None = None,
+    module: str = "influence_sketch",
 ) -> None:
+    triton = _ops.launcher(module, name)
     _ops.register_operator(name, "influence", formula, reference=reference, fake=fake, triton=triton)
 
 
@@ -57,10 +52,12 @@ _register(
     "g P^T / sqrt(k), P = +-1",
     influence.rademacher_project,
     _fake_rademacher,
-    _triton_rademacher,
+    "influence",
 )
-_register("normal_project", "g P^T / sqrt(k), P normal", sketches.normal_project, _fake_normal)
-_register("dense_adjoint", "y P / sqrt(k)", sketches.dense_adjoint, _fake_adjoint)
+_register(
+    "normal_project", "g P^T / sqrt(k), P normal", sketches.normal_project, _fake_normal, "influence_dense"
+)
+_register("dense_adjoint", "y P / sqrt(k)", sketches.dense_adjoint, _fake_adjoint, "influence_dense")
 _register("sparse_project", "sum of +-g_c over each bucket", sketches.sparse_project, _fake_sparse)
 _register("hadamard_project", "rows of H diag(+-1) g / sqrt(k)", sketches.hadamard_project, _fake_hadamard)
 _register("tensor_sketch", "bucket sums of sum_t g_t a_t^T", sketches.tensor_sketch, _fake_tensor)

@@ -16,7 +16,7 @@ _LOW: Final = 0xFFFFFFFF
 _AT_ONCE: Final = 1 << 22
 
 # Quantiles of |x|, x standard normal, by segment of two octaves: coefficients of powers of the mantissa.
-_QUANTILES: Final = (
+QUANTILES: Final = (
     (4.314798, 4.0180845, 3.6848116, 3.3194027, 2.9155838, 2.4612675, 1.9357704, 4.449272),
     (-0.8358879, -0.96586967, -1.0704776, -1.1943226, -1.3631462, -1.6192158, -2.0608072, -0.24871235),
     (0.5284388, 0.6428468, 0.7152309, 0.79211223, 0.8895036, 1.0223614, 1.1896623, 0.0),
@@ -36,7 +36,7 @@ def normal_of(random: Tensor) -> Tensor:
     bits = n.view(torch.int32)
     segment = (bits >> 24 & 7).long()
     m = (bits & 0x00FFFFFF | 0x3F000000).view(torch.float32)
-    table = torch.tensor(_QUANTILES, dtype=torch.float32, device=random.device)
+    table = torch.tensor(QUANTILES, dtype=torch.float32, device=random.device)
     x = table[4][segment]
     for row in table[:4].flip(0):
         x = x * m + row[segment]

@@ -1,6 +1,6 @@
 """Random projections with signs made in registers, and the best rows of a store for each query."""
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from unlearn_kernels.triton_kernels.common import (
 )
 
 _SIGN_BLOCK: Final = 128  # signs of one Philox call
-_RUN: Final = 2048  # coordinates whose sum is a chain; above that, sums of sums
+RUN: Final = 2048  # coordinates whose sum is a chain; above that, sums of sums
 _MOST_PARTS: Final = 256
 _QUERIES: Final = 1024  # that are searched for at once
 _SCORES: Final = 1 << 22  # in memory at once
@@ -79,6 +79,30 @@ def _sign_warps(dot: tl.dtype) -> int:
     return 4 if dot.primitive_bitwidth == 16 else 8
 
 
+class Parts(NamedTuple):
+    """How a projection of (batch, dim) to k outputs is split: tiles of (rows, cols), sums of `length` coordinates."""
+
+    rows: int
+    cols: int
+    length: int
+    shares: int
+    row_tiles: int
+    col_tiles: int
+
+    @staticmethod
+    def of(batch: int, dim: int, k: int) -> "Parts":
+        """At most 256 parts of at least 8192 coordinates each."""
+        rows, cols = block_size(batch, 64), block_size(k, 64)
+        length = triton.cdiv(max(8192, triton.cdiv(dim, _MOST_PARTS)), RUN) * RUN
+        shares, row_tiles, col_tiles = triton.cdiv(dim, length), triton.cdiv(batch, rows), triton.cdiv(k, cols)
+        return Parts(rows, cols, length, shares, row_tiles, col_tiles)
+
+    @property
+    def programs(self) -> int:
+        """The number of programs."""
+        return self.shares * self.row_tiles * self.col_tiles
+
+
 def rademacher_project(g: Tensor, k: int, seed: int, blocks: Tensor | None = None) -> Tensor:
     """(B, k) projections of g (B, dim).
 
@@ -89,15 +113,13 @@ def rademacher_project(g: Tensor, k: int, seed: int, blocks: Tensor | None = Non
     dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
     if g.numel() == 0 or k == 0:
         return g.new_zeros(batch, k, dtype=dtype)
-    rows, cols = block_size(batch, 64), block_size(k, 64)
-    length = triton.cdiv(max(8192, triton.cdiv(dim, _MOST_PARTS)), _RUN) * _RUN
-    count, row_tiles, col_tiles = triton.cdiv(dim, length), triton.cdiv(batch, rows), triton.cdiv(k, cols)
-    parts = torch.empty(batch * k, count, dtype=dtype, device=g.device)
+    split = Parts.of(batch, dim, k)
+    parts = torch.empty(batch * k, split.shares, dtype=dtype, device=g.device)
     with on_device(g):
-        project_kernel[(count * row_tiles * col_tiles,)](
-            g, blocks, parts, batch, dim, k, seed, length, *g.stride(), row_tiles, col_tiles, count,
-            ROWS=rows, COLS=cols, RUN=_RUN, DOT=dot, ACC=acc_dtype(dot), SCATTERED=blocks is not None,
-            **launch_options(_sign_warps(dot)),
+        project_kernel[(split.programs,)](
+            g, blocks, parts, batch, dim, k, seed, split.length, *g.stride(), split.row_tiles, split.col_tiles,
+            split.shares, ROWS=split.rows, COLS=split.cols, RUN=RUN, DOT=dot, ACC=acc_dtype(dot),
+            SCATTERED=blocks is not None, **launch_options(_sign_warps(dot)),
         )  # fmt: skip
     return (parts.sum(1, dtype=torch.float64) / k**0.5).to(dtype).view(batch, k)
 
@@ -167,7 +189,7 @@ def _scores(queries: Tensor, rows: Tensor, first: int, size: int, largest: bool)
         score_kernel[(triton.cdiv(queries.shape[0], tile.rows) * col_tiles,)](
             queries, rows, out, queries.shape[0], size, queries.shape[1], first,
             *queries.stride(), *rows.stride(), out.stride(0), col_tiles,
-            ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, RUN=_RUN, DOT=dot, ACC=acc_dtype(dot),
+            ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, RUN=RUN, DOT=dot, ACC=acc_dtype(dot),
             KEYS=as_keys, LARGEST=largest, **tile.launch(),
         )  # fmt: skip
     return out
@@ -208,7 +230,7 @@ def _project_case(pointer: str, dot: tl.dtype, scattered: bool = False, **more: 
     return AotCase(
         project_kernel,
         pointers | ({"blocks": "i64"} if scattered else {}),
-        {"g_d": 1, "ROWS": 32, "COLS": 64, "RUN": _RUN, "DOT": dot, "ACC": acc_dtype(dot), **blocks},
+        {"g_d": 1, "ROWS": 32, "COLS": 64, "RUN": RUN, "DOT": dot, "ACC": acc_dtype(dot), **blocks},
         num_warps=_sign_warps(dot),
         multiples_of_16=("dim", "g_b", "length"),
         **more,
@@ -217,7 +239,7 @@ def _project_case(pointer: str, dot: tl.dtype, scattered: bool = False, **more: 
 
 def _score_case(pointer: str, dot: tl.dtype, largest: bool, **more: Any) -> AotCase:
     tile = tile_for(128, 1 << 15, 1024, dot, accumulators=2)
-    constants = {"q_d": 1, "r_d": 1, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "RUN": _RUN}
+    constants = {"q_d": 1, "r_d": 1, "ROWS": tile.rows, "COLS": tile.cols, "DEPTH": tile.depth, "RUN": RUN}
     double = dot == tl.float64
     return AotCase(
         score_kernel,
