@@ -34,7 +34,8 @@ def _kernels(
     head, settings = (weight, bias), (ignore_index, scale, softcap)
     if _sweep.wants_gradient(h) and not _sweep.wants_gradient(*head):
         return _reduced(_sweep.frozen_nll(h, *head, labels, *settings), labels, ignore_index, reduction)
-    if reduction != "none" and _sweep.wants_gradient(h) and _sweep.in_accumulation_type(head):
+    some = labels.numel() > 0  # the mean of none is NaN
+    if some and reduction != "none" and _sweep.wants_gradient(h) and _sweep.in_accumulation_type(head):
         shares = _shares(h, labels, ignore_index, reduction)
         return _sweep.weighted_total(shares, h, *head, labels, *settings)
     room = _room(h, weight, memory_budget) if _sweep.wants_gradient(h, *head) else 0

@@ -1,7 +1,12 @@
-"""RMU: activations of an inner layer, steered to a random direction. No head, no vocabulary."""
+"""RMU: activations of an inner layer, steered to a random direction. No head, no vocabulary, no layers above."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def control_vector(
@@ -79,3 +84,86 @@ def rmu(activations: Tensor, target: Tensor, mask: Tensor | None = None, *, fixe
     present = counts > 0
     means = sums / torch.where(present, counts, 1)
     return torch.where(present, means, 0.0).sum() / present.sum().clamp_min(1)
+
+
+@dataclass
+class Exited:
+    """What a model returns that was left early: no logits, no loss.
+
+    Attributes:
+        hidden: the layer's output.
+    """
+
+    hidden: Any
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the forward ended at a layer under early_exit: there is no {name}, only hidden"
+        )
+
+
+class _Exit(Exception):  # noqa: N818 - no error
+    """Leaves a forward with a layer's output."""
+
+
+@contextmanager
+def early_exit(model: nn.Module, layer: nn.Module | str | int) -> Iterator[None]:
+    """Ends every forward of a model after a layer, whose output is all that RMU asks for.
+
+        with early_exit(model, "model.layers.7"):
+            hidden = model(**inputs).hidden  # or whatever a forward hook on the layer keeps
+
+    Hooks of the layer run as always, whenever they were registered, with the same bits, and so do gradients. The
+    layers above cost neither time nor memory; those below take no backward if their parameters, embeddings among them,
+    are frozen while the forward runs. Under DDP give `find_unused_parameters=True`, because the layers above get no
+    gradient. A forward that does not come to the layer ends as it would.
+
+    Args:
+        model: whose forward is called, or a wrapper with that model as `module`.
+        layer: of it: a module, its name, or its number in the longest `nn.ModuleList`.
+
+    Yields:
+        Nothing. In the context the model returns `Exited`.
+
+    Raises:
+        ValueError: if the model has no such layer.
+
+    Source: Li et al. 2024 (WMDP, arXiv 2403.03218), whose code runs the whole model for an inner layer's output.
+    """
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    target, before, forward = _layer(model, layer), vars(model).get("forward"), model.forward
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _Exit(output[0] if isinstance(output, tuple) else output)
+
+    def shortened(*args: Any, **kwargs: Any) -> Any:
+        # Registered last, so that hooks of others come first.
+        with target.register_forward_hook(leave):
+            try:
+                return forward(*args, **kwargs)
+            except _Exit as left:
+                return Exited(left.args[0])
+
+    model.forward = shortened
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _layer(model: nn.Module, layer: nn.Module | str | int) -> nn.Module:
+    names = dict(model.named_modules())
+    if isinstance(layer, str) and layer in names:
+        return names[layer]
+    if isinstance(layer, int):
+        lists = [m for m in names.values() if isinstance(m, nn.ModuleList)]
+        longest = max(lists, key=len, default=nn.ModuleList())
+        if -len(longest) <= layer < len(longest):
+            return longest[layer]
+    if isinstance(layer, nn.Module) and any(m is layer for m in names.values()):
+        return layer
+    what = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+    raise ValueError(f"layer must be a module of the model, its name or its number, got {what}")
