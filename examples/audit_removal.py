@@ -6,7 +6,7 @@ L2 logistic regression on scikit-learn's digits (1797 x 64, 10 classes) and brea
 trained to the optimum in float64. Some rows are taken away: at random, half of one class, or those with the largest
 influence on a test row. scikit-learn trains anew without them; each step is judged by its distance from that model,
 with doing nothing at 1, by the gradient that is left on the rows that stay, and by what it says about removed and test
-rows. `docs/guides/find_forget_audit.md` explains the report.
+rows. `docs/influence.md` has a table of it.
 """
 
 from __future__ import annotations

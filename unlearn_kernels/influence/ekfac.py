@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels._backends import Backend, select
+from unlearn_kernels._loader import have_C
 from unlearn_kernels.influence import _curvature_ops  # noqa: F401  registers the operators
+from unlearn_kernels.influence._scan import products
 from unlearn_kernels.influence.woodbury import Solution
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
@@ -90,6 +92,56 @@ def _folded(A: Tensor, G: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     return (torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2) if bias else a), g
 
 
+def rotated_squares(
+    A: Tensor,
+    G: Tensor,
+    basis: tuple[Tensor, Tensor],
+    *,
+    bias: bool = False,
+    route: Route | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Return `\sum_n (Q_G^T \nabla_n Q_A)^2` elementwise, what a batch adds to EK-FAC's `\Lambda`.
+
+    Args:
+        A: layer inputs, (B, ..., d).
+        G: gradients at the layer's outputs, (B, ..., p).
+        basis: `Q_G` (p, p) and `Q_A` (d, d), with the bias (d + 1, d + 1).
+        bias: appends an input of 1.
+        route: as of `EKFAC.add_lambda`.
+        backend: see `unlearn_kernels.use_backend`.
+
+    Returns:
+        (p, d), or (p, d + 1) with the bias, float32 (float64 for float64).
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    a, g = _folded(A, G, bias)
+    left, right = (x.to(accumulation_dtype(a, g)) for x in basis)
+    if left.shape != (g.shape[2],) * 2 or right.shape != (a.shape[2],) * 2:
+        raise ValueError(
+            f"basis must be ({g.shape[2]}, {g.shape[2]}) and ({a.shape[2]}, {a.shape[2]}), "
+            f"got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    chosen = route or EKFAC.route(a.shape[1], a.shape[2], g.shape[2])
+    if chosen == "factors":
+        rotated = _rotated(a.to(right.dtype), right), _rotated(g.to(left.dtype), left)
+        return select("squared_gradients", backend, rotated)(*rotated)
+    new = torch.zeros(g.shape[2], a.shape[2], dtype=left.dtype, device=a.device)
+    for a_n, g_n in zip(a, g, strict=True):
+        rotated_n = left.T @ (g_n.to(left.dtype).T @ a_n.to(left.dtype)) @ right
+        new.addcmul_(rotated_n, rotated_n)
+    return new
+
+
+def _rotated(x: Tensor, basis: Tensor) -> Tensor:
+    """(B, T, d) times (d, d)."""
+    if x.device.type != "cpu" or not have_C:
+        return x @ basis
+    return products(x.flatten(0, 1), basis.T).unflatten(0, x.shape[:2])
+
+
 class EKFAC:
     r"""The Fisher matrix of one linear layer as `(Q_G \otimes Q_A) \Lambda (Q_G \otimes Q_A)^T`.
 
@@ -157,19 +209,9 @@ class EKFAC:
         """
         if self.basis is None:
             raise ValueError("fit_basis must come before add_lambda")
-        a, g = _folded(A, G, self.bias)
-        left, right = (x.to(accumulation_dtype(a, g)) for x in self.basis)
-        chosen = route or self.route(a.shape[1], a.shape[2], g.shape[2])
-        if chosen == "factors":
-            rotated = a.to(right.dtype) @ right, g.to(left.dtype) @ left
-            new = select("squared_gradients", backend, rotated)(*rotated)
-        else:
-            new = torch.zeros(g.shape[2], a.shape[2], dtype=left.dtype, device=a.device)
-            for a_n, g_n in zip(a, g, strict=True):
-                rotated_n = left.T @ (g_n.to(left.dtype).T @ a_n.to(left.dtype)) @ right
-                new.addcmul_(rotated_n, rotated_n)
+        new = rotated_squares(A, G, self.basis, bias=self.bias, route=route, backend=backend)
         self._lambda = new if self._lambda is None else self._lambda + new
-        self.samples += len(a)
+        self.samples += len(A)
 
     @property
     def lambda_(self) -> Tensor:

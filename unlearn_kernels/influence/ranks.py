@@ -59,10 +59,6 @@ class RankedStore:
         dist.all_gather(parts, sent, group=self.group)
         return [part.to(mine.device) for part in parts]
 
-    def counts_or_world(self) -> range:
-        """The ranks."""
-        return range(dist.get_world_size(self.group))
-
     def _numbers(self, value: int) -> list[int]:
         return [int(x) for x in self._exchanged(torch.tensor([value]))]
 

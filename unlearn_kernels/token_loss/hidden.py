@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unlearn_kernels.token_loss._models import head_of, unwrapped
 from unlearn_kernels.token_loss._options import LogitOptions
 
 Batch = Mapping[str, Any]
@@ -76,16 +77,13 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
 
 def _head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """The module that the model calls, and the linear layer in it."""
-    find = getattr(model, "get_output_embeddings", None) or getattr(
-        getattr(model, "module", None), "get_output_embeddings", None
-    )
-    outer = find() if find is not None else None
+    outer = head_of(model)
     if outer is None:
         raise ValueError(
             f"model: {type(model).__name__} has no get_output_embeddings(); pass rows=, a function that returns "
             "HiddenRows"
         )
-    head = outer
+    head: Any = outer
     if getattr(outer, "disable_adapters", None) is True:
         head = getattr(outer, "original_module", None) or outer.base_layer
     if not isinstance(head, nn.Linear):
@@ -119,7 +117,7 @@ def _stand_in(head: nn.Module) -> Iterator[list[Tensor]]:
 
 def _logit_options(model: nn.Module, head: nn.Linear, ignore_index: int) -> LogitOptions:
     """Bias, scale and soft-cap, as the configuration names them."""
-    config = getattr(model, "config", None) or getattr(getattr(model, "module", None), "config", None)
+    config = getattr(unwrapped(model), "config", None)
     nested = getattr(config, "get_text_config", None)
     config = nested() if nested is not None else config
     scale = _number(config, "logit_scale", 1.0) / _number(config, "logits_scaling", 1.0)

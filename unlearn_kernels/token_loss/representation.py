@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_kernels.token_loss._models import unwrapped
+
 
 def control_vector(
     d: int,
@@ -130,8 +132,7 @@ def early_exit(model: nn.Module, layer: nn.Module | str | int) -> Iterator[None]
 
     Source: Li et al. 2024 (WMDP, arXiv 2403.03218), whose code runs the whole model for an inner layer's output.
     """
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
+    model = unwrapped(model)
     target, before, forward = _layer(model, layer), vars(model).get("forward"), model.forward
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
+from unlearn_kernels.token_loss._models import head_of, unwrapped
 from unlearn_kernels.token_loss.lazy.handle import lazy
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
@@ -112,16 +113,11 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
         self.restore()
 
 
-def _head(model: Any) -> nn.Module:
-    while not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
-        model = model.module
-    if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(
-            f"model must have get_output_embeddings(), or give its head, got {type(model).__name__}"
-        )
-    head = model.get_output_embeddings()
+def _head(model: nn.Module) -> nn.Module:
+    head = head_of(model)
     if head is None:
-        raise ValueError(f"model must have a language-model head, got {type(model).__name__} without")
+        name = type(unwrapped(model)).__name__
+        raise ValueError(f"model must have get_output_embeddings() with a head, or give its head, got {name}")
     return head
 
 
