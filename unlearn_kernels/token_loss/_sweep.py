@@ -35,11 +35,15 @@ class NllAndGradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
         ctx.need_weight = inputs[-1]
         ctx.mark_non_differentiable(*output[1:])
+        # Or backward would be handed zeros of the size of the head for the gradient of `d_weight`.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:], *inputs[1:4])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 9
         scaled = scaled_eagerly if torch.compiler.is_compiling() else Scaled.apply
         if not ctx.need_weight:
             return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 7

@@ -17,7 +17,7 @@ Reduction = Literal["none", "sum", "mean"]
 # Bytes of logits kept for backward unless the caller says otherwise, and their greatest share of all logits: memory
 # stays constant in tokens, and with what backward itself takes below 0.6 of the logits.
 _KEPT_BYTES: Final = 64 << 20
-_KEPT_SHARE: Final = 0.4
+_KEPT_SHARE: Final = 0.3
 
 
 def _kernels(
@@ -138,7 +138,7 @@ def linear_nll(
         scale: what multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: Gemma-2's `final_logit_softcapping`, above 0.
         memory_budget: bytes of logits that may be kept for backward where it would compute them again; by
-            default 64 MiB, and 0.4 of the logits at most. On a GPU none are kept.
+            default 64 MiB, and 0.3 of the logits at most. On a GPU none are kept.
         reduction: "none"; "sum"; or "mean", over the rows that count (NaN if there are none, as in PyTorch).
         backend: see `unlearn_kernels.use_backend`.
 
