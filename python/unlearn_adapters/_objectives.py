@@ -74,17 +74,16 @@ def _dpo(
     forget: Any, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
 ) -> Tensor:
     win, lose = (run(forget[part]) for part in ("alternate", "original"))
-    references = (there(forget[part]).nll().sum(1) for part in ("alternate", "original"))
-    return token_loss.dpo(
-        (win.h, win.labels), (lose.h, lose.labels), win.W, *references, **win.options, **options
-    )
+    r_win, r_lose = (there(forget[part]).nll().sum(1) for part in ("alternate", "original"))
+    pairs = (win.h, win.labels), (lose.h, lose.labels)
+    return token_loss.dpo(pairs[0], pairs[1], win.W, r_win, r_lose, **win.options, **options)
 
 
 def _undial(
     forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
 ) -> Tensor:
-    here = run(forget)
-    return token_loss.undial(*here[:3], there(forget).reference(), **here.options, **options)
+    h, W, labels, how = run(forget)
+    return token_loss.undial(h, W, labels, there(forget).reference(), **how, **options)
 
 
 OBJECTIVES: Final[dict[str, Callable[..., Tensor]]] = {

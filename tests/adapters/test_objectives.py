@@ -14,6 +14,7 @@ OPTIONS = {
     "simnpo": {"beta": 1.5, "delta": 5.0},
     "satimp": {"beta1": 5.0, "beta2": 1.0},
     "npo": {"beta": 0.1},
+    "ceu": {"skip": 0},
 }
 # Those that have a loss of that name among the peers'.
 NAMED = ("npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu")

@@ -110,6 +110,8 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         lazy = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=is_lazy) if is_lazy(x)]
         if name in _HOOKS:
+            if name == "register_hook" and watches(args[-1]):
+                return lazy[0].rows.h.register_hook(args[-1])
             raise RuntimeError(f"{name}: lazy logits never have a gradient; hook the hidden states")
         if not any(x.written for x in lazy):
             found = FOLDS[name](*args, **kwargs) if name in FOLDS else NotImplemented
@@ -169,6 +171,11 @@ def lazy(rows: Rows, fresh: bool = True) -> LazyLogits:
     made: Any = _Link.apply(rows, *parts) if linked else _bare(rows)
     made.rows, made.fresh, made.made, made.written = rows, fresh, None, False
     return made
+
+
+def watches(hook: Any) -> bool:
+    """Whether a hook is FSDP's, which waits for a backward to begin and hands its gradient on."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def view(of: LazyLogits, rows: Rows) -> LazyLogits:
