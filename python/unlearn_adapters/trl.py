@@ -42,7 +42,8 @@ class LogProbs:
         TRL applies the scale, then the soft-cap, then the temperature.
         """
         cap = None if softcap is None else softcap / temperature
-        if {"log_sum_sq_probs", "mean_logits"} & set(outputs):  # no operator has these
+        # No operator has these; and a head that ZeRO-3 gathers is gone when backward would compute logits again.
+        if {"log_sum_sq_probs", "mean_logits"} & set(outputs) or hasattr(weight, "ds_id"):
             return _before[0].apply(
                 hidden, weight, bias, labels, temperature, chunk_size, softcap, logit_scale, outputs
             )

@@ -69,6 +69,15 @@ def test_the_fused_head(utils, softcap, outputs):
     assert utils._ChunkedLogProbFunction is Plain
 
 
+def test_a_gathered_head_is_trls(utils, monkeypatch):
+    trl.install()
+    weight, seen = randn(11, 4), []
+    weight.ds_id = 0
+    monkeypatch.setattr(Plain, "apply", lambda *a: seen.append(a))
+    utils._ChunkedLogProbFunction.apply(randn(5, 4), weight, None, torch.zeros(5).long(), 1.0, 64, None, 1.0)
+    assert len(seen) == 1
+
+
 def test_versions_without_a_fused_head(utils):
     del utils._ChunkedLogProbFunction
     with pytest.raises(ImportError, match="lazy_logits"):

@@ -1,5 +1,6 @@
 """The lazy tensor: a subclass that folds what it knows into the operators and makes itself for the rest."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -73,8 +74,17 @@ def folds(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a fold."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def fold(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:  # a way of calling that the fold does not know
+                return NotImplemented
+            return function(*args, **kwargs)
+
         for name in names:
-            FOLDS[name] = function
+            FOLDS[name] = fold
         return function
 
     return add
