@@ -1,4 +1,6 @@
-"""Trainers of transformers that step with what a surgery rule makes of several losses' gradients.
+"""Trainers of transformers: unlearning objectives without logits, and surgery between several losses' gradients.
+
+`UnlearnMixin` gives a Trainer an objective of `unlearn_kernels.token_loss`.
 
 `with_surgery(trainer_class, rule)` makes one of a class that adds a forget and a retain loss up, such as
 open-unlearning's; `SurgeryMixin` is for trainers with losses of their own. Accumulation, autocast, scaling, clipping,
@@ -15,9 +17,12 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from unlearn_adapters._objectives import OBJECTIVES, UnlearnMixin
 from unlearn_kernels.surgery import GradientSurgery, Step
 from unlearn_kernels.surgery.rules import Rule
 from unlearn_kernels.surgery.rules.rule import cosines
+
+__all__ = ["OBJECTIVES", "SurgeryMixin", "UnlearnMixin", "with_surgery"]
 
 T = TypeVar("T", bound=type)
 

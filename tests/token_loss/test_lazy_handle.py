@@ -128,6 +128,9 @@ MADE = {
     "cat": lambda z: torch.cat([z, z]),
     "numpy": lambda z: torch.from_numpy(z.detach().numpy()) + 0 * z.sum(),
     "out_of_place_mask": lambda z: z.masked_fill((LABELS == -100).unsqueeze(-1), 0.0),
+    "permuted_by_name": lambda z: torch.permute(z, dims=(1, 0, 2)),
+    "several_dims": lambda z: z[:1].movedim((0, 1), (1, 0)).squeeze((0, 1)),
+    "source": lambda z: torch.zeros(B, T, V, dtype=z.dtype).scatter_(2, torch.zeros_like(z).long(), z),
     "two_targets": lambda z: F.cross_entropy(z[0], z[1].softmax(-1)),
     "lowered": lambda z: (z - torch.zeros_like(z).scatter_(-1, FULL.unsqueeze(-1), 2.5)).sum(-1),
 }

@@ -7,6 +7,7 @@ from types import MethodType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -183,6 +184,31 @@ def test_ddp(one_process, options):
                 found = step(LOSSES[name], parallel, reference)
         torch.testing.assert_close(found[0], value, rtol=1e-6, atol=0)
         torch.testing.assert_close(found[1], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp(one_process):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model, reference = make(), frozen(make(seed=1))
+    value, gradient = step(npo, model, reference)
+    for keeps in (True, False):
+        sharded = copy.deepcopy(model)
+        for layer in sharded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh, reshard_after_forward=not keeps)
+        with lazy_logits(sharded, strict=True), lazy_logits(reference, strict=True):
+            if not keeps:
+                with pytest.raises(RuntimeError, match="reshard_after_forward=False"):
+                    npo(sharded, reference, batch(0), batch(1))
+                continue
+            loss = npo(sharded, reference, batch(0), batch(1))
+            loss.backward()
+        torch.testing.assert_close(loss.detach(), value, rtol=1e-6, atol=0)
+        found = torch.cat([p.grad.full_tensor().flatten() for p in sharded.parameters()])
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    apart = copy.deepcopy(model)
+    fully_shard(apart.lm_head, mesh=mesh)
+    with pytest.raises(ValueError, match="must not be sharded on its own"):
+        lazy_logits(apart)
 
 
 def test_compiled_body():

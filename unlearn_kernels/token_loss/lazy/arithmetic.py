@@ -127,7 +127,8 @@ def _scatter(x: Any, dim: int, index: Tensor, value: Any = None, **options: Any)
 
 @folds("scatter_")
 def _scatter_(x: Any, dim: int, index: Tensor, value: Any = None, **options: Any) -> Any:
-    rows = NotImplemented if options or not x.fresh else _set_words(x, dim, index, value)
+    known = is_lazy(x) and x.fresh and not options
+    rows = NotImplemented if not known else _set_words(x, dim, index, value)
     if rows is not NotImplemented:
         x.rows, x.made, rows = rows, None, x
     return rows

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unlearn_kernels.token_loss.lazy.handle import watches
 from unlearn_kernels.token_loss.lazy.pick import nll
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
@@ -45,6 +46,8 @@ class LazyLoss(Tensor):
         if func.__name__ in ("size", "dim") or f"get.{getattr(owner, '__name__', '')}" in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func.__name__ == "register_hook" and args[0].made is None and watches(args[-1]):
+            return args[0].rows.h.register_hook(args[-1])
         args, kwargs = _numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -1,5 +1,6 @@
 """The lazy tensor: a subclass that folds what it knows into the operators and makes itself for the rest."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -73,8 +74,17 @@ def folds(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a fold."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def fold(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:  # a way of calling that the fold does not know
+                return NotImplemented
+            return function(*args, **kwargs)
+
         for name in names:
-            FOLDS[name] = function
+            FOLDS[name] = fold
         return function
 
     return add
@@ -110,6 +120,8 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         lazy = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=is_lazy) if is_lazy(x)]
         if name in _HOOKS:
+            if name == "register_hook" and watches(args[-1]):
+                return lazy[0].rows.h.register_hook(args[-1])
             raise RuntimeError(f"{name}: lazy logits never have a gradient; hook the hidden states")
         if not any(x.written for x in lazy):
             found = FOLDS[name](*args, **kwargs) if name in FOLDS else NotImplemented
@@ -169,6 +181,11 @@ def lazy(rows: Rows, fresh: bool = True) -> LazyLogits:
     made: Any = _Link.apply(rows, *parts) if linked else _bare(rows)
     made.rows, made.fresh, made.made, made.written = rows, fresh, None, False
     return made
+
+
+def watches(hook: Any) -> bool:
+    """Whether a hook is FSDP's, which waits for a backward to begin and hands its gradient on."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def view(of: LazyLogits, rows: Rows) -> LazyLogits:

@@ -79,6 +79,7 @@ class Rows:
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, head and bias in one type, float64 if that was asked for."""
+        self.check_head()
         if self.dtype == torch.float64 or torch.float64 in (self.h.dtype, self.W.dtype):
             bias = None if self.bias is None else self.bias.double()
             return self.h.double(), self.W.double(), bias
@@ -91,6 +92,7 @@ class Rows:
             if self.marked is not None:
                 made.scatter_(-1, self.marked.unsqueeze(-1), self.by)
             return made.movedim(-1, self.at)
+        self.check_head()
         common = torch.promote_types(self.h.dtype, self.W.dtype)
         bias = None if self.bias is None else self.bias.to(common)
         with torch.autocast(self.h.device.type, enabled=False):
@@ -104,6 +106,14 @@ class Rows:
         if self.kind != "logits":
             z = z.log_softmax(-1) if self.kind == "log_probs" else z.softmax(-1)
         return z.movedim(-1, self.at)
+
+    def check_head(self) -> None:
+        """Sharding that frees a head after its forward leaves nothing to read."""
+        if self.W.numel() and self.W.untyped_storage().nbytes() == 0:
+            raise RuntimeError(
+                "the head's weight was freed after its forward: give fully_shard(..., reshard_after_forward=False) "
+                "for what holds the head"
+            )
 
     def same_logits(self, other: "Rows") -> bool:
         """Whether both stand for the same numbers, marked words aside."""

@@ -113,8 +113,10 @@ def _unsqueeze(x: Any, dim: int) -> Any:
 
 
 @folds("squeeze")
-def _squeeze(x: Any, dim: int | None = None) -> Any:
+def _squeeze(x: Any, dim: Any = None) -> Any:
     rows = x.rows
+    if isinstance(dim, (tuple, list)):
+        return NotImplemented
     drop = range(rows.h.dim() - 1) if dim is None else [dim % rows.h.dim()]
     shape = tuple(size for i, size in enumerate(rows.shape) if i not in drop or size != 1)
     return _reshaped(x, shape)
@@ -149,7 +151,9 @@ def _matrix(x: Any, *_: Any) -> Any:
 
 
 @folds("movedim", "moveaxis")
-def _movedim(x: Any, source: int, destination: int) -> Any:
+def _movedim(x: Any, source: Any, destination: Any) -> Any:
+    if not isinstance(source, int) or not isinstance(destination, int):
+        return NotImplemented
     n = x.rows.h.dim()
     order = [d for d in range(n) if d != source % n]
     order.insert(destination % n, source % n)

@@ -1,0 +1,176 @@
+"""Unlearning objectives of a transformers Trainer, from hidden states and head alone."""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unlearn_kernels import token_loss
+from unlearn_kernels.token_loss import LazyLogits, lazy_logits, linear_nll
+
+Inputs = Mapping[str, Tensor]
+
+
+class Seen(NamedTuple):
+    """What a forward leaves: shifted hidden states and labels, the head, how it makes logits."""
+
+    h: Tensor
+    W: Tensor
+    labels: Tensor
+    options: dict[str, Any]
+
+    def nll(self) -> Tensor:
+        """Of every token, (B, T - 1)."""
+        return linear_nll(self.h, self.W, self.labels, **self.options)
+
+    def reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As the losses take a reference."""
+        return self.h, self.W, self.options["bias"]
+
+
+def see(model: nn.Module, inputs: Inputs) -> Seen:
+    """A forward through all wrappers of a model, up to its head.
+
+    Raises:
+        ValueError: if `lazy_logits` refuses the head, or the model makes its logits all the same.
+    """
+    with lazy_logits(model):
+        logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
+    if not isinstance(logits, LazyLogits):
+        raise ValueError("model must leave its head alone: compile its body, not the whole")
+    rows = logits.rows
+    return Seen(rows.h[:, :-1], rows.W, inputs["labels"][:, 1:], rows.options())
+
+
+def _preference(name: str) -> Callable[..., Tensor]:
+    def loss(
+        forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
+    ) -> Tensor:
+        here, r = run(forget), there(forget).nll()
+        r = r.sum(1) if name == "npo" else r
+        made: Tensor = getattr(token_loss, name)(*here[:3], r, **here.options, **options)
+        return made
+
+    return loss
+
+
+def _alone(name: str) -> Callable[..., Tensor]:
+    def loss(
+        forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
+    ) -> Tensor:
+        here = run(forget)
+        if name == "simnpo":
+            options.setdefault("lengths", (forget["labels"] != -100).sum(1))
+        made: Tensor = getattr(token_loss, name)(*here[:3], **here.options, **options)
+        return made
+
+    return loss
+
+
+def _dpo(
+    forget: Any, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
+) -> Tensor:
+    win, lose = (run(forget[part]) for part in ("alternate", "original"))
+    r_win, r_lose = (there(forget[part]).nll().sum(1) for part in ("alternate", "original"))
+    pairs = (win.h, win.labels), (lose.h, lose.labels)
+    return token_loss.dpo(pairs[0], pairs[1], win.W, r_win, r_lose, **win.options, **options)
+
+
+def _undial(
+    forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
+) -> Tensor:
+    h, W, labels, how = run(forget)
+    return token_loss.undial(h, W, labels, there(forget).reference(), **how, **options)
+
+
+OBJECTIVES: Final[dict[str, Callable[..., Tensor]]] = {
+    **{name: _alone(name) for name in ("grad_ascent", "simnpo", "wga", "satimp", "ceu")},
+    **{name: _preference(name) for name in ("npo", "tnpo", "wtnpo")},
+    "dpo": _dpo,
+    "undial": _undial,
+}
+_ALONE: Final = {"grad_ascent", "simnpo", "wga", "satimp", "ceu"}
+
+
+class UnlearnMixin:
+    r"""Comes before a `transformers.Trainer`, and gives it an unlearning objective without logits in memory.
+
+        class Forgetter(UnlearnMixin, Trainer):
+            objective = "npo"
+            objective_options = {"beta": 0.1}
+
+    The loss of a batch `{"forget": ..., "retain": ...}`, each with `input_ids`, `attention_mask` and `labels`, is
+
+    .. math:: \gamma L_{\text{objective}}(\text{forget}) + \alpha L_{\text{retain}}(\text{retain})
+
+    In a batch without `retain` the second term is left out. `dpo` has `forget` as
+    `{"alternate": preferred answers, "original": those to be forgotten}`. The model is called through its wrappers,
+    so that DDP's and FSDP2's hooks run; a head sharded by ZeRO-3 or tensor parallelism, or under an adapter of its
+    own, is refused. With PEFT and no reference given, the reference is the model with its adapters off; otherwise a
+    frozen copy of the model, made with the first loss.
+
+    Attributes:
+        objective: grad_ascent, npo, tnpo, wtnpo, simnpo, dpo, wga, satimp, undial or ceu, as in
+            `unlearn_kernels.token_loss`.
+        objective_options: of that function: `beta`, `dialect`, ...
+        retain: "nll", the likelihood loss; "kl", the divergence from the reference over every row, or a `kl_retain`
+            dialect by `retain_options`.
+        retain_options: of `kl_retain`.
+        gamma: of the forget term.
+        alpha: of the retain term.
+        reference: a frozen model.
+
+    Raises:
+        ValueError: with the first loss, for unknown names and for models as above.
+    """
+
+    objective: ClassVar[str] = "npo"
+    objective_options: ClassVar[Mapping[str, Any]] = {}
+    retain: ClassVar[str] = "nll"
+    retain_options: ClassVar[Mapping[str, Any]] = {}
+    gamma: ClassVar[float] = 1.0
+    alpha: ClassVar[float] = 1.0
+    reference: nn.Module | None = None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum above; without outputs, because there are no logits."""
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.retain not in ("nll", "kl"):
+            raise ValueError(f"retain must be 'nll' or 'kl', got {self.retain!r}")
+        if self.objective not in _ALONE or self.retain == "kl":
+            self._prepare_reference(model)
+        forget = OBJECTIVES[self.objective]
+        loss = self.gamma * forget(
+            inputs["forget"],
+            lambda x: see(model, x),
+            lambda x: self._there(model, x),
+            **self.objective_options,
+        )
+        if inputs.get("retain") is not None and self.alpha:
+            loss = loss + self.alpha * self.compute_retain_loss(model, inputs["retain"])
+        return (loss, {}) if return_outputs else loss
+
+    def compute_retain_loss(self, model: nn.Module, retain_inputs: Inputs) -> Tensor:
+        """Of the retain batch; `with_surgery` takes it apart from the rest."""
+        if self.retain == "nll":
+            here = see(model, retain_inputs)
+            return linear_nll(*here[:3], **here.options, reduction="mean")
+        here, there = (f(retain_inputs) for f in (lambda x: see(model, x), lambda x: self._there(model, x)))
+        return token_loss.kl_retain(here.h, here.W, there.reference(), **here.options, **self.retain_options)
+
+    def _prepare_reference(self, model: Any) -> None:
+        bare = getattr(model, "module", model)
+        if self.reference is None and not hasattr(bare, "disable_adapter"):
+            self.reference = copy.deepcopy(bare).requires_grad_(False).eval()
+
+    def _there(self, model: Any, inputs: Inputs) -> Seen:
+        bare = getattr(model, "module", model)
+        off: AbstractContextManager[Any] = bare.disable_adapter() if self.reference is None else nullcontext()
+        with torch.no_grad(), off:
+            return see(bare if self.reference is None else self.reference, inputs)

@@ -1,0 +1,107 @@
+"""A Trainer's objectives, against the loss functions of training code with the same models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from tests.token_loss import peers
+from unlearn_adapters.transformers import OBJECTIVES, UnlearnMixin, with_surgery
+
+OPTIONS = {
+    "simnpo": {"beta": 1.5, "delta": 5.0},
+    "satimp": {"beta1": 5.0, "beta2": 1.0},
+    "npo": {"beta": 0.1},
+    "ceu": {"skip": 0},
+}
+# Those that have a loss of that name among the peers'.
+NAMED = ("npo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu")
+
+
+def make(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": peers.WORDS}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, pad_token_id=0))
+
+
+def loss_of(name: str, model: nn.Module, inputs, folder: Path, **settings) -> Tensor:
+    body = {"objective": name, "objective_options": OPTIONS.get(name, {}), **settings}
+    kind = type("Forgetter", (UnlearnMixin, Trainer), body)
+    return kind(
+        model=model, args=TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    ).compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_objectives_are_the_peers(tmp_path, name):
+    model, reference, forget, retain = make(), make(1).requires_grad_(False), peers.batch(0), peers.batch(1)
+    expected = peers.LOSSES[name](model, reference, forget, retain)
+    inputs = {"forget": {"original": forget, "alternate": retain} if name == "dpo" else forget}
+    found = loss_of(name, model, inputs, tmp_path, reference=reference)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(x, model.lm_head.weight)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_retain_terms(tmp_path):
+    model, reference, forget, retain = make(), make(1).requires_grad_(False), peers.batch(0), peers.batch(1)
+    inputs = {"forget": forget, "retain": retain}
+    found = loss_of("grad_ascent", model, inputs, tmp_path, gamma=0.3)
+    torch.testing.assert_close(found, peers.grad_diff(model, reference, forget, retain))
+    found = loss_of(
+        "grad_ascent", model, inputs, tmp_path, gamma=0.0, alpha=2.0, retain="kl", reference=reference
+    )
+    # open-unlearning divides by its rows' number, the last row of each text among them; the mixin has no last rows.
+    here, there = (
+        m(**{k: v for k, v in retain.items() if k != "labels"}).logits[:, :-1] for m in (model, reference)
+    )
+    expected = (there.softmax(-1) * (there.log_softmax(-1) - here.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(found, 2 * expected)
+
+
+def test_references(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, inputs = make(), {"forget": peers.batch(0)}
+    start = loss_of("npo", model, inputs, tmp_path)
+    torch.testing.assert_close(start, 20 * torch.log(torch.tensor(2.0)))  # a copy of itself
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    found = loss_of("npo", adapted, inputs, tmp_path)
+    with adapted.disable_adapter():
+        expected = peers.npo(adapted, adapted, *[peers.batch(0)] * 2)
+    assert found != expected
+    expected = -20 * torch.nn.functional.logsigmoid(
+        0.1 * (peers.sums(adapted, peers.batch(0)) - peers.sums(make(), peers.batch(0)))
+    )
+    torch.testing.assert_close(found, expected.mean())
+
+
+def test_training_and_surgery(tmp_path):
+    class Forgetter(UnlearnMixin, Trainer):
+        objective = "npo"
+
+    texts = [
+        {part: {k: v[0] for k, v in peers.batch(i).items()} for part in ("forget", "retain")}
+        for i in range(4)
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, use_cpu=True, report_to="none",
+        save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
+    )  # fmt: skip
+    collate = torch.utils.data.default_collate
+    for kind in (Forgetter, with_surgery(Forgetter, "pcgrad")):
+        trainer = kind(model=make(), args=arguments, train_dataset=texts, data_collator=collate)
+        trainer.train()
+        assert all(log["loss"] > 0 for log in trainer.state.log_history if "loss" in log)
+    assert "cosine_forget_retain" in trainer.state.log_history[0]
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"objective must be one of {', '.join(OBJECTIVES)}, got 'nop'"):
+        loss_of("nop", make(), {"forget": peers.batch(0)}, tmp_path)
+    with pytest.raises(ValueError, match="retain must be 'nll' or 'kl', got 'mse'"):
+        loss_of("npo", make(), {"forget": peers.batch(0)}, tmp_path, retain="mse")
+    assert set(NAMED) < OBJECTIVES.keys()
