@@ -94,7 +94,11 @@ class Parts(NamedTuple):
         """At most 256 parts of at least 8192 coordinates each."""
         rows, cols = block_size(batch, 64), block_size(k, 64)
         length = triton.cdiv(max(8192, triton.cdiv(dim, _MOST_PARTS)), RUN) * RUN
-        shares, row_tiles, col_tiles = triton.cdiv(dim, length), triton.cdiv(batch, rows), triton.cdiv(k, cols)
+        shares, row_tiles, col_tiles = (
+            triton.cdiv(dim, length),
+            triton.cdiv(batch, rows),
+            triton.cdiv(k, cols),
+        )
         return Parts(rows, cols, length, shares, row_tiles, col_tiles)
 
     @property
