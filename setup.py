@@ -26,7 +26,7 @@ STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-
 TILE = sorted(glob("csrc/tile/**/*.cpp", recursive=True))
 CPU = ["csrc/schema.cpp", *TILE, *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))]
 HOST = sorted(glob("csrc/host/*.cpp"))
-CUDA = sorted(glob("csrc/cuda/*.cu"))
+CUDA, CUDA_GLUE = sorted(glob("csrc/cuda/*.cu")), sorted(glob("csrc/cuda/*.cpp"))
 
 
 def first_output(*command: str) -> str:
@@ -118,8 +118,10 @@ def extensions() -> list[Extension]:
     if CUDA_HOME:
         cpp_extension.CUDA_HOME = str(CUDA_HOME)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        args = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", *STABLE, "-DUSE_CUDA"]}
-        cuda = cpp_extension.CUDAExtension("unlearn_kernels._C_cuda", CUDA, extra_compile_args=args, **stable)
+        args = {"cxx": cxx, "nvcc": ["-O3", "-std=c++17"]}
+        cuda = cpp_extension.CUDAExtension(
+            "unlearn_kernels._C_cuda", [*CUDA_GLUE, *CUDA], extra_compile_args=args, **stable
+        )
         found.append(cuda)
     return found
 

@@ -1,5 +1,6 @@
-"""What the compiler made of every Triton kernel, kept beside the results: `python -m benchmarks.compiled [--write]`.
+"""What compilers made of every GPU kernel, kept beside the results: `python -m benchmarks.compiled [--write]`.
 
+Triton's kernels, and those in csrc/cuda where there is a CUDA toolkit; without one their part of the file stays.
 Without `--write` it compares with the file and tells what became worse; the status is then 1.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import triton
 
+from benchmarks import compiled_cuda
 from unlearn_kernels.triton_kernels import aot
 
 FILE = Path(__file__).parent / "results" / "compiled.json"
@@ -58,10 +60,26 @@ def missing(table: Table) -> str | None:
     )
 
 
-def write(table: Table) -> None:
+def of_cuda() -> dict[str, Any]:
+    """The toolkit's release and its table; what is recorded where there is no toolkit."""
+    home = compiled_cuda.toolkit()
+    if home is None:
+        return {key: recorded()[key] for key in ("nvcc", "cuda")}
+    table = compiled_cuda.compile_all(home)
+    rows = {name: {gpu: made._asdict() for gpu, made in of.items()} for name, of in table.items()}
+    return {"nvcc": compiled_cuda.release(home), "cuda": rows}
+
+
+def write(table: Table, cuda: Mapping[str, Any]) -> None:
     """Replace the file, one kernel a line."""
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(table.items()))
-    FILE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+
+    def lines(rows: Table) -> str:
+        return ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+
+    FILE.write_text(
+        f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines(table)}\n}},\n'
+        f'"nvcc": "{cuda["nvcc"]}", "cuda": {{\n{lines(cuda["cuda"])}\n}}}}\n'
+    )
 
 
 def _compared(table: Table) -> int:
@@ -77,6 +95,6 @@ def _compared(table: Table) -> int:
 if __name__ == "__main__":
     made = compile_all()
     if sys.argv[1:] == ["--write"]:
-        write(made)
+        write(made, of_cuda())
     else:
         sys.exit(_compared(made))

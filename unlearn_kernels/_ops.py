@@ -35,6 +35,15 @@ def no_triton_kernels() -> str | None:
     return no_extension() or _no_triton()
 
 
+def no_cuda_kernels() -> str | None:
+    """Why the CUDA C++ kernels cannot run, or None."""
+    if no_extension():
+        return no_extension()
+    if not _loader.have_C_cuda:
+        return f"the CUDA extension is missing ({_loader.load_errors['_C_cuda']})"
+    return None if torch.cuda.is_available() else "it needs a CUDA device"
+
+
 def raw(name: str) -> Callable[..., Any]:
     """`torch.ops.unlearn_kernels.<name>`, or a function that says how to build it."""
     if _loader.have_C:
@@ -54,6 +63,7 @@ def register_operator(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None,
     triton: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     differentiable: bool = False,
     op: str | None = None,
@@ -67,6 +77,7 @@ def register_operator(
         reference: plain PyTorch, with the arguments of the raw operator.
         fake: the shapes and dtypes of its result (None for an operator that returns nothing).
         triton: its launcher; bound as the CUDA kernel of the raw operator. Imports Triton when called.
+        cuda: the launcher of its CUDA C++ kernels; bound as the operator `cuda_<op>`.
         dtypes: the floating-point types that the kernels take.
         differentiable: whether the public function has a backward.
         op: the raw operator, if its name differs.
@@ -80,20 +91,31 @@ def register_operator(
         impls["triton"] = Impl("triton", raw(op), ("cuda",), dtypes, no_triton_kernels)
     if _loader.have_C:
         register_raw(op, fake, triton)
+        if cuda is not None:
+            _define_like(op, f"cuda_{op}")
+            register_raw(f"cuda_{op}", fake, cuda)
+    if cuda is not None:
+        impls["cuda"] = Impl("cuda", raw(f"cuda_{op}"), ("cuda",), dtypes, no_cuda_kernels)
     return register(Operator(name, family, formula, impls, differentiable))
 
 
-def launcher(module: str, name: str) -> Callable[..., Any]:
-    """`unlearn_kernels.triton_kernels.<module>.<name>`, imported when it is called."""
+def launcher(module: str, name: str, package: str = "triton_kernels") -> Callable[..., Any]:
+    """`unlearn_kernels.<package>.<module>.<name>`, imported when it is called."""
 
     def launch(*args: Any) -> Any:
-        found = importlib.import_module(f"unlearn_kernels.triton_kernels.{module}")
+        found = importlib.import_module(f"unlearn_kernels.{package}.{module}")
         return getattr(found, name)(*args)
 
     return launch
 
 
-# The Triton launcher of each raw operator, for those who run launchers without a GPU.
+def _define_like(op: str, name: str) -> None:
+    """An operator with the arguments of another, which writes to the same."""
+    schema = str(getattr(getattr(torch.ops, NAMESPACE), op).default._schema)
+    torch.library.define(f"{NAMESPACE}::{name}", schema[schema.index("(") :])
+
+
+# The launcher of each raw operator on CUDA tensors, for those who run launchers without a GPU.
 LAUNCHERS: Final[dict[str, Callable[..., Any]]] = {}
 
 

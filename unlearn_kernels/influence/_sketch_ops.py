@@ -47,12 +47,14 @@ def _register(
     _ops.register_operator(name, "influence", formula, reference=reference, fake=fake, triton=triton)
 
 
-_register(
+_ops.register_operator(
     "rademacher_project",
-    "g P^T / sqrt(k), P = +-1",
-    influence.rademacher_project,
-    _fake_rademacher,
     "influence",
+    "g P^T / sqrt(k), P = +-1",
+    reference=influence.rademacher_project,
+    fake=_fake_rademacher,
+    triton=_ops.launcher("influence", "rademacher_project"),
+    cuda=_ops.launcher("influence", "rademacher_project", "cuda_kernels"),
 )
 _register(
     "normal_project", "g P^T / sqrt(k), P normal", sketches.normal_project, _fake_normal, "influence_dense"
@@ -79,6 +81,7 @@ def _vmap_of(name: str) -> Callable[..., Any]:
 if have_C:
     for _name in (
         "rademacher_project",
+        "cuda_rademacher_project",
         "normal_project",
         "dense_adjoint",
         "sparse_project",

@@ -36,6 +36,7 @@ _ops.register_operator(
     reference=reference.surgical_adamw_,
     fake=None,
     triton=_triton,
+    cuda=_ops.launcher("surgery", "surgical_adamw_", "cuda_kernels"),
     op="surgical_adamw_",
 )
 

@@ -31,6 +31,7 @@ _ops.register_operator(
     reference=reference.combine_,
     fake=None,
     triton=_triton,
+    cuda=_ops.launcher("surgery", "combine_", "cuda_kernels"),
     op="combine_",
 )
 

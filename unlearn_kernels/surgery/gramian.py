@@ -31,6 +31,7 @@ _ops.register_operator(
     reference=reference.gramian,
     fake=_fake,
     triton=_triton,
+    cuda=_ops.launcher("surgery", "gramian", "cuda_kernels"),
 )
 
 

@@ -47,6 +47,7 @@ _ops.register_operator(
     reference=reference.topk_mask,
     fake=_fake_topk,
     triton=_triton_topk,
+    cuda=_ops.launcher("surgery", "topk_mask", "cuda_kernels"),
 )
 _ops.register_operator(
     "apply_mask",

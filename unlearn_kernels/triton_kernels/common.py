@@ -6,7 +6,7 @@ A kernel is a combination of these parts: where its operands come from (`load_as
 * `tl.load` is followed by `.to(...)`: kernels compute in fp32, fp64, or the type that `dot_dtype` gives.
 * Program ids become int64 (`program`) before a stride multiplies them, so that no offset wraps at 2^31.
 * No atomics: tiles write partial sums, and `sum_parts` adds them in one order.
-* No autotuning: `tile_for` picks from dtype and shape, so the same call gives the same bits.
+* No autotuning: `tile_for` picks from dtype, shape and device, so the same call gives the same bits.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from unlearn_kernels.triton_kernels import configs
 
 _TL_DTYPES: Final = {
     torch.float16: tl.float16,
@@ -80,11 +82,18 @@ def tile_for(rows: int, cols: int, depth: int, dot: tl.dtype, *, accumulators: i
     """The block for a rows x cols product over `depth`, in a program with that many accumulators.
 
     Half types fill the tensor cores with 128 x 128 x 64; fp32 ("ieee") and fp64 products run on the FMA
-    units, where 64 x 64 keeps two accumulators in registers. Shared memory stays within 100 KB.
+    units, where 64 x 64 keeps two accumulators in registers. Shared memory stays within 100 KB. A tile that was
+    measured on the device (`configs`) goes before.
     """
+    measured = configs.measured(str(dot), accumulators)
+    if measured is not None:
+        most = Tile(*measured)
+        tall, wide = block_size(rows, most.rows), block_size(cols, most.cols)
+        warps = most.num_warps if tall * wide == most.rows * most.cols else min(most.num_warps, 4)
+        return Tile(tall, wide, block_size(depth, most.depth), warps, most.num_stages)
     half = dot.primitive_bitwidth == 16
-    most = 128 if half else 64
-    tall, wide = block_size(rows, most), block_size(cols, most)
+    size = 128 if half else 64
+    tall, wide = block_size(rows, size), block_size(cols, size)
     deep = block_size(depth, 64 // accumulators if half else 16)
     crowded = tall * wide == 128 * 128 or (accumulators > 1 and tall * wide == 64 * 64)
     return Tile(tall, wide, deep, 8 if crowded else 4, 3 if half else 2)

@@ -4,7 +4,7 @@ Keys are the bits of |x| in the widest type of the list plus one, 0 for NaN. A h
 out and added up, a program a mask finds the bin in which the last element lies; nothing leaves the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,9 +25,9 @@ from unlearn_kernels.triton_kernels.surgery.tables import (
 )
 
 _DIGIT: Final = 11
-_BINS: Final = 1 << _DIGIT
+BINS: Final = 1 << _DIGIT
 _BLOCK: Final = 1024
-_BITS: Final = {True: 31, False: 63}  # of a key, where no tensor is float64 and where one is
+BITS: Final = {True: 31, False: 63}  # of a key, where no tensor is float64 and where one is
 
 
 @triton.jit
@@ -179,8 +179,9 @@ def _settings(table: Table) -> dict[str, Any]:
     return {"BLOCK": _BLOCK, "TYPES": table.types, "ACC": _acc(table), "ALIGNED": table.aligned}
 
 
-def _digits(bits: int) -> Iterator[tuple[int, int]]:
-    above = bits
+def digits(single: bool) -> Iterator[tuple[int, int]]:
+    """The bits above and below each digit of a key, the highest first."""
+    above = BITS[single]
     while above > 0:
         yield above, max(0, above - _DIGIT)
         above -= _DIGIT
@@ -191,16 +192,16 @@ def _cuts(table: Table, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     device, masks = table.addresses.device, len(counts)
     prefixes = torch.zeros(masks, dtype=torch.int64, device=device)
     takes = torch.tensor(counts).to(device, non_blocking=True)
-    for above, shift in _digits(_BITS[table.single]):
-        first = above == _BITS[table.single]
-        histograms = torch.empty(1 if first else masks, table.tasks, _BINS, dtype=torch.int32, device=device)
+    for above, shift in digits(table.single):
+        first = above == BITS[table.single]
+        histograms = torch.empty(1 if first else masks, table.tasks, BINS, dtype=torch.int32, device=device)
         digit_kernel[(table.tasks, 1 if first else masks)](
-            *table.tensors(), prefixes, histograms, above, shift, table.tasks, FIRST=first, BINS=_BINS,
+            *table.tensors(), prefixes, histograms, above, shift, table.tasks, FIRST=first, BINS=BINS,
             **_settings(table), **launch_options(),
         )  # fmt: skip
         sums = histograms.sum(1, keepdim=True)  # integers: the same in any order
         bin_kernel[(masks,)](
-            sums, prefixes, takes, above - shift, 1, int(first), BINS=_BINS, **launch_options()
+            sums, prefixes, takes, above - shift, 1, int(first), BINS=BINS, **launch_options()
         )
     return prefixes, takes
 
@@ -224,7 +225,13 @@ def _fill(
         )  # fmt: skip
 
 
-def topk_mask(tensors: Sequence[Tensor], counts: Sequence[int], by_tensor: bool, bits: bool) -> list[Tensor]:
+# (tensors, a row of outputs a mask, elements a mask, packed)
+Fill = Callable[[Sequence[Tensor], Sequence[Sequence[Tensor]], Sequence[int], bool], None]
+
+
+def topk_mask(
+    tensors: Sequence[Tensor], counts: Sequence[int], by_tensor: bool, bits: bool, fill: Fill = _fill
+) -> list[Tensor]:
     """The raw operator `topk_mask`. Tensors that are not contiguous are copied."""
     n = len(tensors)
     made = [x.contiguous() for x in tensors]
@@ -239,10 +246,10 @@ def topk_mask(tensors: Sequence[Tensor], counts: Sequence[int], by_tensor: bool,
         for _ in range(masks)
     ]
     if not by_tensor:
-        _fill(made, rows, counts, bits)
+        fill(made, rows, counts, bits)
     else:
         for i, x in enumerate(made):
-            _fill([x], [row[i : i + 1] for row in rows], counts[i::n], bits)
+            fill([x], [row[i : i + 1] for row in rows], counts[i::n], bits)
     return [mask for row in rows for mask in row]
 
 
@@ -274,10 +281,10 @@ def _case(kernel: Any, types: int, pointers: dict[str, str], **more: Any) -> Aot
 _LONG: Final = {"keys_at": "i64", "takes": "i64", "before": "i64", "outs": "i64"}
 AOT: Final = (
     *(
-        _case(digit_kernel, types, {"prefixes": "i64", "histograms": "i32"}, FIRST=first, BINS=_BINS)
+        _case(digit_kernel, types, {"prefixes": "i64", "histograms": "i32"}, FIRST=first, BINS=BINS)
         for types, first in ((1, True), (1, False), (4, False), (15, False))
     ),
-    AotCase(bin_kernel, {"histograms": "i64", "prefixes": "i64", "takes": "i64"}, {"BINS": _BINS}),
+    AotCase(bin_kernel, {"histograms": "i64", "prefixes": "i64", "takes": "i64"}, {"BINS": BINS}),
     *(_case(ties_kernel, types, {"keys_at": "i64", "ties": "i64"}) for types in (1, 15)),
     *(_case(take_kernel, types, _LONG, BITS=bits) for types, bits in ((1, False), (1, True), (15, True))),
     *(_case(apply_kernel, types, {"masks": "i64", "packed": "i32"}) for types in (1, 4, 15)),

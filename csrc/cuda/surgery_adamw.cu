@@ -1,0 +1,5 @@
+#include "cuda/surgery_adamw.cuh"
+
+#include "cuda/entries.h"
+
+UK_CUDA_ENTRY(adamw)
