@@ -3,53 +3,31 @@
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_kernels import token_loss
-from unlearn_kernels.token_loss import LazyLogits, lazy_logits, linear_nll
+from unlearn_kernels.token_loss import HiddenRows, adapter_off, hidden_rows, linear_nll
 
 Inputs = Mapping[str, Tensor]
+Run = Callable[[Inputs], HiddenRows]
 
 
-class Seen(NamedTuple):
-    """What a forward leaves: shifted hidden states and labels, the head, how it makes logits."""
-
-    h: Tensor
-    W: Tensor
-    labels: Tensor
-    options: dict[str, Any]
-
-    def nll(self) -> Tensor:
-        """Of every token, (B, T - 1)."""
-        return linear_nll(self.h, self.W, self.labels, **self.options)
-
-    def reference(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As the losses take a reference."""
-        return self.h, self.W, self.options["bias"]
+def _nll(rows: HiddenRows) -> Tensor:
+    """Of every token, (B, T - 1)."""
+    return linear_nll(*rows[:3], **rows.options)
 
 
-def see(model: nn.Module, inputs: Inputs) -> Seen:
-    """A forward through all wrappers of a model, up to its head.
-
-    Raises:
-        ValueError: if `lazy_logits` refuses the head, or the model makes its logits all the same.
-    """
-    with lazy_logits(model):
-        logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits
-    if not isinstance(logits, LazyLogits):
-        raise ValueError("model must leave its head alone: compile its body, not the whole")
-    rows = logits.rows
-    return Seen(rows.h[:, :-1], rows.W, inputs["labels"][:, 1:], rows.options())
+def _as_reference(rows: HiddenRows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the losses take a reference."""
+    return rows.h, rows.W, rows.options["bias"]
 
 
 def _preference(name: str) -> Callable[..., Tensor]:
-    def loss(
-        forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
-    ) -> Tensor:
-        here, r = run(forget), there(forget).nll()
+    def loss(forget: Inputs, run: Run, there: Run, **options: Any) -> Tensor:
+        here, r = run(forget), _nll(there(forget))
         r = r.sum(1) if name == "npo" else r
         made: Tensor = getattr(token_loss, name)(*here[:3], r, **here.options, **options)
         return made
@@ -58,32 +36,27 @@ def _preference(name: str) -> Callable[..., Tensor]:
 
 
 def _alone(name: str) -> Callable[..., Tensor]:
-    def loss(
-        forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
-    ) -> Tensor:
+    def loss(forget: Inputs, run: Run, there: Run, **options: Any) -> Tensor:
         here = run(forget)
         if name == "simnpo":
-            options.setdefault("lengths", (forget["labels"] != -100).sum(1))
+            options.setdefault("lengths", here.counts)
         made: Tensor = getattr(token_loss, name)(*here[:3], **here.options, **options)
         return made
 
     return loss
 
 
-def _dpo(
-    forget: Any, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
-) -> Tensor:
+def _dpo(forget: Any, run: Run, there: Run, **options: Any) -> Tensor:
     win, lose = (run(forget[part]) for part in ("alternate", "original"))
-    r_win, r_lose = (there(forget[part]).nll().sum(1) for part in ("alternate", "original"))
+    r_win, r_lose = (_nll(there(forget[part])).sum(1) for part in ("alternate", "original"))
     pairs = (win.h, win.labels), (lose.h, lose.labels)
     return token_loss.dpo(pairs[0], pairs[1], win.W, r_win, r_lose, **win.options, **options)
 
 
-def _undial(
-    forget: Inputs, run: Callable[[Inputs], Seen], there: Callable[[Inputs], Seen], **options: Any
-) -> Tensor:
-    h, W, labels, how = run(forget)
-    return token_loss.undial(h, W, labels, there(forget).reference(), **how, **options)
+def _undial(forget: Inputs, run: Run, there: Run, **options: Any) -> Tensor:
+    here = run(forget)
+    reference = _as_reference(there(forget))
+    return token_loss.undial(*here[:3], reference, **here.options, **options)
 
 
 OBJECTIVES: Final[dict[str, Callable[..., Tensor]]] = {
@@ -148,7 +121,7 @@ class UnlearnMixin:
         forget = OBJECTIVES[self.objective]
         loss = self.gamma * forget(
             inputs["forget"],
-            lambda x: see(model, x),
+            lambda x: hidden_rows(model, x),
             lambda x: self._there(model, x),
             **self.objective_options,
         )
@@ -159,18 +132,22 @@ class UnlearnMixin:
     def compute_retain_loss(self, model: nn.Module, retain_inputs: Inputs) -> Tensor:
         """Of the retain batch; `with_surgery` takes it apart from the rest."""
         if self.retain == "nll":
-            here = see(model, retain_inputs)
+            here = hidden_rows(model, retain_inputs)
             return linear_nll(*here[:3], **here.options, reduction="mean")
-        here, there = (f(retain_inputs) for f in (lambda x: see(model, x), lambda x: self._there(model, x)))
-        return token_loss.kl_retain(here.h, here.W, there.reference(), **here.options, **self.retain_options)
+        here, there = (
+            f(retain_inputs) for f in (lambda x: hidden_rows(model, x), lambda x: self._there(model, x))
+        )
+        return token_loss.kl_retain(
+            here.h, here.W, _as_reference(there), **here.options, **self.retain_options
+        )
 
     def _prepare_reference(self, model: Any) -> None:
         bare = getattr(model, "module", model)
         if self.reference is None and not hasattr(bare, "disable_adapter"):
             self.reference = copy.deepcopy(bare).requires_grad_(False).eval()
 
-    def _there(self, model: Any, inputs: Inputs) -> Seen:
+    def _there(self, model: Any, inputs: Inputs) -> HiddenRows:
         bare = getattr(model, "module", model)
-        off: AbstractContextManager[Any] = bare.disable_adapter() if self.reference is None else nullcontext()
+        off: AbstractContextManager[Any] = adapter_off(bare) if self.reference is None else nullcontext()
         with torch.no_grad(), off:
-            return see(bare if self.reference is None else self.reference, inputs)
+            return hidden_rows(bare if self.reference is None else self.reference, inputs)

@@ -75,12 +75,19 @@ def test_models_that_cannot_be_read_are_named() -> None:
 
     class Odd(Tiny):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return (2 * super().forward(*args, **kwargs)[0],)
+            return (super().forward(*args, **kwargs)[0].sin(),)
 
     odd = Odd()
     with pytest.raises(ValueError, match="Odd changes logits after its head in a way that is not known"):
         hidden_rows(odd, batch)
-    assert "forward" not in vars(odd.lm_head)
+    assert type(odd.lm_head) is nn.Linear
+
+
+def test_sequences_of_one_token_predict_nothing() -> None:
+    rows = hidden_rows(Tiny().eval(), {"input_ids": torch.zeros(3, 1, dtype=torch.int64)})
+    assert rows.h.shape == (3, 0, D)
+    assert rows.labels.shape == (3, 0)
+    assert linear_nll(rows.h, rows.W, rows.labels, **rows.options).shape == (3, 0)
 
 
 def lora(model: nn.Module, **options: Any) -> Any:

@@ -1,20 +1,17 @@
 """What a model's head reads: hidden states, head and shifted labels of a batch, with no logits made."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from unlearn_kernels.token_loss._models import head_of, unwrapped
+from unlearn_kernels.token_loss._models import head_of
 from unlearn_kernels.token_loss._options import LogitOptions
+from unlearn_kernels.token_loss.lazy import LazyLogits, lazy_logits
 
 Batch = Mapping[str, Any]
 # Entries of a batch that a model's forward gets no use of here.
 _NOT_INPUTS: Final = ("labels", "index")
-# A negative, a small and a large logit: scale and soft-cap show in what the model makes of them.
-_PROBES: Final = (-20.0, 0.5, 40.0)
 
 
 class HiddenRows(NamedTuple):
@@ -42,9 +39,9 @@ MakeRows = Callable[[nn.Module, Any], HiddenRows]
 def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> HiddenRows:
     """Run a causal language model up to its head.
 
-    The head is found by `get_output_embeddings` and left out while the model runs, so that B T V logits are never
-    made. What the model does to logits after the head (Gemma's soft-cap, Cohere's and Granite's scales) is read from
-    its configuration and checked on three numbers that stand in for logits.
+    The head is found by `get_output_embeddings` and lazy while the model runs (`lazy_logits`), so that B T V logits are
+    never made, and what the model does to them after the head (Gemma's soft-cap, Cohere's and Granite's scales) is
+    followed. Hooks of wrappers such as DDP and FSDP2 run.
 
     Args:
         model: a causal language model as `transformers` builds them, also under PEFT with a plain head.
@@ -58,7 +55,7 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
     Raises:
         ValueError: if the model has no head that is a linear layer, or changes logits in a way not known.
     """
-    outer, head = _head(model)
+    head = _head(model)
     device = head.weight.device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     labels = inputs.get("labels")
@@ -66,87 +63,46 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
         mask = inputs.get("attention_mask")
         labels = inputs["input_ids"]
         labels = labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
-    options = _logit_options(model, head, ignore_index)
-    with _stand_in(outer) as seen:
+    with lazy_logits(model, head=head):
         output = model(**{k: v for k, v in inputs.items() if k not in _NOT_INPUTS})
-    _check_logits(model, _logits(output), options, seen)
-    (h,) = seen
+    h, W, options = _parts(model, _logits(output), head)
+    options["ignore_index"] = ignore_index
     counts = (labels != ignore_index).sum(-1)
-    return HiddenRows(h[..., :-1, :], head.weight, labels[..., 1:], options, counts)
+    return HiddenRows(h[..., :-1, :], W, labels[..., 1:], options, counts)
 
 
-def _head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """The module that the model calls, and the linear layer in it."""
-    outer = head_of(model)
-    if outer is None:
+def _head(model: nn.Module) -> nn.Linear:
+    """The linear layer that makes logits, without what PEFT has switched off."""
+    head: Any = head_of(model)
+    if head is None:
         raise ValueError(
             f"model: {type(model).__name__} has no get_output_embeddings(); pass rows=, a function that returns "
             "HiddenRows"
         )
-    head: Any = outer
-    if getattr(outer, "disable_adapters", None) is True:
-        head = getattr(outer, "original_module", None) or outer.base_layer
+    if getattr(head, "disable_adapters", None) is True:
+        head = getattr(head, "original_module", None) or head.base_layer
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"model: its head must be a plain linear layer, got {type(head).__name__}; merge adapters of the head, "
             "or pass rows="
         )
-    return outer, head
-
-
-@contextmanager
-def _stand_in(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the head is given; the model goes on with `_PROBES` for logits."""
-    seen: list[Tensor] = []
-
-    def forward(h: Tensor, *_: Any, **__: Any) -> Tensor:
-        seen.append(h)
-        return h.new_tensor(_PROBES).repeat(*h.shape[:-1], 1)
-
-    attributes = vars(head)
-    own = attributes.get("forward")
-    attributes["forward"] = forward
-    try:
-        yield seen
-    finally:
-        if own is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = own
-
-
-def _logit_options(model: nn.Module, head: nn.Linear, ignore_index: int) -> LogitOptions:
-    """Bias, scale and soft-cap, as the configuration names them."""
-    config = getattr(unwrapped(model), "config", None)
-    nested = getattr(config, "get_text_config", None)
-    config = nested() if nested is not None else config
-    scale = _number(config, "logit_scale", 1.0) / _number(config, "logits_scaling", 1.0)
-    cap = _number(config, "final_logit_softcapping", 0.0)
-    return {"bias": head.bias, "ignore_index": ignore_index, "scale": scale, "softcap": cap or None}
-
-
-def _number(config: Any, name: str, default: float) -> float:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, (int, float)) else default
+    return head
 
 
 def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", None)
+    found: Tensor | None = getattr(output, "logits", None)
     return output[0] if found is None else found
 
 
-def _check_logits(model: nn.Module, logits: Tensor, options: LogitOptions, seen: list[Tensor]) -> None:
-    """The probes must have become what the options make of them."""
-    if len(seen) != 1:
-        raise ValueError(
-            f"model: {type(model).__name__} called its head {len(seen)} times, once expected; pass rows="
-        )
-    x = options["scale"] * torch.tensor(_PROBES, dtype=torch.float64)
-    cap = options["softcap"]
-    expected = x if cap is None else cap * torch.tanh(x / cap)
-    found = logits.detach().reshape(-1, logits.shape[-1])[:1].double().cpu()
-    close = found.shape[-1] == len(_PROBES) and torch.allclose(found, expected.expand_as(found), rtol=1e-2)
-    if not close:
-        raise ValueError(
-            f"model: {type(model).__name__} changes logits after its head in a way that is not known; pass rows="
-        )
+def _parts(model: nn.Module, logits: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, LogitOptions]:
+    """Hidden states, head, and how the model makes logits of them."""
+    rows = logits.rows if isinstance(logits, LazyLogits) else None
+    if rows is not None and rows.kind == "logits" and rows.last and rows.marked is None:
+        h, W, bias = rows.parts()
+        return h, W, {"bias": bias, "scale": rows.scale, "softcap": rows.softcap}
+    if logits.shape[-2] == 1:  # plain, and nothing follows that could be predicted
+        return head.weight.new_zeros(*logits.shape[:-1], head.in_features), head.weight, {"bias": head.bias}
+    raise ValueError(
+        f"model: {type(model).__name__} changes logits after its head in a way that is not known, or is compiled as a "
+        "whole; pass rows="
+    )
