@@ -70,7 +70,7 @@ def drop(f: Tensor, r: Tensor, u: Tensor, leak: tuple[float, float]) -> Tensor:
     """GradDrop of two gradients, float64, from its definition."""
     f, r, u = f.double(), r.double(), u.double().view(f.shape)
     p = (1 + (f + r) / (f.abs() + r.abs())) / 2
-    masks = [torch.where(x > 0, p > u, p < u).double() for x in (f, r)]
+    masks = [torch.where(x > 0, p > u, p <= u).double() for x in (f, r)]
     return sum((s + (1 - s) * m) * x for s, m, x in zip(leak, masks, (f, r), strict=True))
 
 
@@ -86,6 +86,17 @@ def test_graddrop_is_its_definition(backend: str, dtype: torch.dtype) -> None:
     surgery.project_conflict_(forget, retain, rule="graddrop", seed=7, leak=(0.0, 0.25), backend=backend)
     for got, exact in zip(forget, expected, strict=True):
         torch.testing.assert_close(got, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_graddrop_keeps_what_agrees(backend: str) -> None:
+    """Also where the number drawn is 0, as it is at one index of this seed."""
+    at = 50919
+    assert reference.uniforms(283, 0, at + 1)[at] == 0
+    for sign in (1.0, -1.0):
+        f, r = (torch.full((at + 5,), sign) for _ in range(2))
+        surgery.project_conflict_([f], [r], rule="graddrop", seed=283, backend=backend)
+        assert bool((f == 2 * sign).all())
 
 
 def test_graddrops_numbers_belong_to_indices() -> None:

@@ -37,7 +37,7 @@ def _drop(f: Tensor, r: Tensor, options: Options, u: Tensor) -> Tensor:
     positive = 0.5 + 0.5 * ((f + r) / (f.abs() + r.abs()))
 
     def kept(x: Tensor, leak: float) -> Tensor:
-        chosen = ((x > 0) & (positive > u)) | ((x < 0) & (positive < u))
+        chosen = ((x > 0) & (positive > u)) | ((x < 0) & (positive <= u))
         return torch.where(chosen, 1.0, leak) * x
 
     return kept(f, options.leak_forget) + kept(r, options.leak_retain)

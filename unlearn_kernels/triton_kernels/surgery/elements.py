@@ -37,7 +37,7 @@ def uniforms(seed, first, BLOCK: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def kept(x, positive, u, leak):
     """x where its sign is drawn, elsewhere multiplied by its leak."""
-    chosen = ((x > 0) & (positive > u)) | ((x < 0) & (positive < u))
+    chosen = ((x > 0) & (positive > u)) | ((x < 0) & (positive <= u))
     return tl.where(chosen, 1.0, leak).to(x.dtype) * x
 
 
