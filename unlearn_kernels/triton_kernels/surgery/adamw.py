@@ -1,6 +1,6 @@
 """AdamW on a weighted sum of gradients that is never in memory: one launch over a table of addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -13,6 +13,7 @@ from unlearn_kernels.triton_kernels.common import launch_options, on_device, pro
 from unlearn_kernels.triton_kernels.surgery.masks import load_one
 from unlearn_kernels.triton_kernels.surgery.sums import TABLE_TYPES, blocks, bounds, load_rows, store_row
 from unlearn_kernels.triton_kernels.surgery.tables import (
+    Table,
     addresses_of,
     copy_back,
     made_dense,
@@ -122,6 +123,28 @@ def adamw_kernel(
             store_row(v_at, v_code, at, inside, v, TYPES, ALIGNED)
 
 
+def _update(
+    table: Table, weights: Tensor, groups: Tensor, group_of: Tensor, steps: Tensor, wide: Tensor, stochastic: bool,
+    seed: int, exact: bool,
+) -> None:  # fmt: skip
+    """Counts the steps, at addresses, then the pass. exact: weighted sums in float64."""
+    n, terms = len(steps), weights.numel()
+    rows, acc = blocks(terms, 1)["ROWS"], tl.float32 if table.single else tl.float64
+    with on_device(weights):
+        count_kernel[(triton.cdiv(n, 256),)](
+            weights, steps, wide, n, TERMS=terms, ROWS=rows, BLOCK=256, **launch_options()
+        )
+        if table.tasks > 0:
+            adamw_kernel[(table.tasks,)](
+                *table.tensors(), weights, groups, group_of, steps, wide, moved(range(n), torch.int32, weights.device),
+                n, seed, TERMS=terms, ROWS=rows, BLOCK=512, TYPES=table.types, ACC=acc,
+                SUM=tl.float64 if exact else acc, ALIGNED=table.aligned, STOCHASTIC=stochastic, **launch_options(),
+            )  # fmt: skip
+
+
+Update = Callable[[Table, Tensor, Tensor, Tensor, Tensor, Tensor, bool, int, bool], None]
+
+
 def surgical_adamw_(
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -133,6 +156,7 @@ def surgical_adamw_(
     group_of: Sequence[int],
     stochastic: bool,
     seed: int,
+    update: Update = _update,
 ) -> None:
     """The raw operator `surgical_adamw_`: two launches and no wait for the device."""
     if not params:
@@ -142,23 +166,10 @@ def surgical_adamw_(
     sets = [gradients[at : at + n] for at in range(0, len(gradients), n)]
     made = made_dense([params, exp_avgs, exp_avg_sqs, *sets])
     table = table_of(made)
-    terms = len(sets)
-    rows = blocks(terms, 1)["ROWS"]
-    at_steps = addresses_of(steps, device)
     wide = moved([s.dtype == torch.float64 for s in steps], torch.int32, device)
-    acc = tl.float32 if table.single else tl.float64
+    belongs, at_steps = moved(group_of, torch.int32, device), addresses_of(steps, device)
     exact = any(x.dtype == torch.float32 for x in gradients) or not table.single
-    with on_device(weights):
-        count_kernel[(triton.cdiv(n, 256),)](
-            weights, at_steps, wide, n, TERMS=terms, ROWS=rows, BLOCK=256, **launch_options()
-        )
-        if table.tasks > 0:
-            adamw_kernel[(table.tasks,)](
-                *table.tensors(), weights, groups.contiguous(), moved(group_of, torch.int32, device), at_steps, wide,
-                moved(range(n), torch.int32, device), n, seed, TERMS=terms, ROWS=rows, BLOCK=512,
-                TYPES=table.types, ACC=acc, SUM=tl.float64 if exact else acc, ALIGNED=table.aligned,
-                STOCHASTIC=stochastic, **launch_options(),
-            )  # fmt: skip
+    update(table, weights.contiguous(), groups.contiguous(), belongs, at_steps, wide, stochastic, seed, exact)
     for to, copy in zip((params, exp_avgs, exp_avg_sqs), made, strict=False):
         copy_back(to, copy)
 

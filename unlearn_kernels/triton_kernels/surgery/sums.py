@@ -1,6 +1,6 @@
 """Gramians and weighted sums over lists of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -227,12 +227,22 @@ def single_is_enough(table: Table, out: Sequence[Tensor]) -> bool:
     return table.single and all(x.dtype != torch.float32 for x in out)
 
 
-def gramian(tensors: Sequence[Tensor], sets: int, scope: int = 0, groups: Sequence[int] = ()) -> Tensor:
+def gramian(
+    tensors: Sequence[Tensor],
+    sets: int,
+    scope: int = 0,
+    groups: Sequence[int] = (),
+    gramians: Callable[[Table], Tensor] = gramians_of,
+) -> Tensor:
     """The raw operator `gramian`. Copies are made only where tensors at one place differ in their order."""
     count = len(tensors) // sets
     lists = made_dense([tensors[k * count : (k + 1) * count] for k in range(sets)], indexed=scope == ROW)
-    found = gramians_of(table_of(lists, scope, groups))
+    found = gramians(table_of(lists, scope, groups))
     return found if scope else found[0]
+
+
+def _combine(table: Table, weights: Tensor, single: bool) -> None:
+    combine_table(table, 1, weights, single=single, sparing=False)
 
 
 def combine_(
@@ -241,6 +251,7 @@ def combine_(
     weights: Tensor,
     scope: int = 0,
     groups: Sequence[int] = (),
+    combine: Callable[[Table, Tensor, bool], None] = _combine,
 ) -> None:
     """The raw operator `combine_`."""
     if not out:
@@ -249,7 +260,7 @@ def combine_(
     sets = [tensors[at : at + len(out)] for at in range(0, len(tensors), len(out))]
     made = made_dense([out, *sets], indexed=scope == ROW)
     table = table_of(made, scope, groups)
-    combine_table(table, 1, weights.contiguous(), single=single_is_enough(table, out), sparing=False)
+    combine(table, weights.contiguous(), single_is_enough(table, out))
     copy_back(out, made[0])
 
 
