@@ -24,9 +24,8 @@ from bergson.gradients import OuterProductGradients
 from bergson.score.score_writer import ScoreWriter
 from torch import Tensor
 
-from unlearn_kernels.influence import Ends, Found, Projection
+from unlearn_kernels.influence import Ends, Found, Projection, merge
 from unlearn_kernels.influence.projection import Name
-from unlearn_kernels.influence.store import merge
 from unlearn_kernels.per_sample import linear
 
 _THEIRS: Final = theirs.project_global

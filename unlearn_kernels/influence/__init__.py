@@ -1,5 +1,6 @@
 """Data attribution: projections of gradients, a store of them and its search, products with inverse curvature."""
 
+from unlearn_kernels.influence._found import Ends, Found, merge
 from unlearn_kernels.influence.collector import InfluenceCollector
 from unlearn_kernels.influence.datainf import datainf, datainf_damping, squared_norms
 from unlearn_kernels.influence.ekfac import EKFAC, covariance, squared_gradients, squared_rows
@@ -9,7 +10,7 @@ from unlearn_kernels.influence.ranks import RankedStore
 from unlearn_kernels.influence.sample_losses import class_losses, language_losses, noise_losses
 from unlearn_kernels.influence.search import TopK, topk
 from unlearn_kernels.influence.solvers import Eigenpairs, Iterated, arnoldi, cg, lissa
-from unlearn_kernels.influence.store import Ends, Found, GradientStore, StoreError, merge
+from unlearn_kernels.influence.store import GradientStore, StoreError
 from unlearn_kernels.influence.update import (
     Update,
     datainf_inverse,

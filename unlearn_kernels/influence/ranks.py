@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unlearn_kernels.influence.store import Ends, Found, GradientStore, Preconditioner, Progress, merge
+from unlearn_kernels.influence._found import Ends, Found, merge
+from unlearn_kernels.influence.store import GradientStore, Preconditioner, Progress
 
 
 class RankedStore:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from unlearn_kernels._files import StoreError, locked
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import FORMATS, Format
+from unlearn_kernels.influence._found import Ends, Found, merge, nothing
 from unlearn_kernels.influence._scan import products, scan_shard
 from unlearn_kernels.influence._shards import (
     Batch,
@@ -27,21 +28,6 @@ from unlearn_kernels.influence._shards import (
 Preconditioner = Tensor | Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
 _SHARD_BYTES: Final = 1 << 28
-
-
-class Found(NamedTuple):
-    """Scores (Q, k) float32, best first, the ids of their rows, and their numbers in the store, int64."""
-
-    values: Tensor
-    ids: Tensor
-    indices: Tensor
-
-
-class Ends(NamedTuple):
-    """The rows with the largest and with the smallest scores."""
-
-    largest: Found
-    smallest: Found
 
 
 class GradientStore:
@@ -400,29 +386,9 @@ class GradientStore:
                 progress(first, len(self))
         directions = [True, False] if ends == 3 else [ends == 1]
         return [
-            merge(end, k, largest=d) if end else _nothing(folded)
+            merge(end, k, largest=d) if end else nothing(folded)
             for end, d in zip(parts, directions, strict=True)
         ]
-
-
-def merge(parts: Sequence[Found], k: int, *, largest: bool = True) -> Found:
-    """The `k` best of several searches with the same queries, as if their rows had been in one store.
-
-    Args:
-        parts: results in the order of their row numbers: for shards on ranks, the numbers made global first.
-        k: how many to keep.
-        largest: which end the parts are of.
-    """
-    values, ids, indices = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-    order = indices.argsort(dim=1, stable=True)
-    values, ids, indices = (x.gather(1, order) for x in (values, ids, indices))
-    values, best = values.sort(dim=1, descending=largest, stable=True)
-    return Found(values[:, :k], ids.gather(1, best)[:, :k], indices.gather(1, best)[:, :k])
-
-
-def _nothing(queries: Tensor) -> Found:
-    none = torch.zeros(len(queries), 0, dtype=torch.int64)
-    return Found(none.float(), none, none)
 
 
 def _taken(values: list[Any], rows: Tensor) -> list[Any]:
@@ -435,4 +401,4 @@ def _rest_of(shard: Shard) -> Batch:
     return Batch([coded], [shard.ids[keep]], [shard.sqnorms[keep]], _taken(shard.metadata(), keep))
 
 
-__all__ = ["Ends", "Found", "GradientStore", "StoreError", "merge"]
+__all__ = ["GradientStore", "StoreError"]
