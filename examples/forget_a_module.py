@@ -31,6 +31,7 @@ from forget.worker import Setup, backend
 import unlearn_kernels
 
 PROJECTED = 512  # coordinates of a projected gradient
+OTHERS = 3000  # texts of other modules; a standard library has some eight thousand
 
 
 def positive(text: str) -> int:
@@ -81,13 +82,13 @@ class Settings:
     shape: Shape
     training: Training
     plan: dict[str, Any]
-    texts: int | None = None  # of the corpus, for a smoke run
+    texts: int  # of other modules, at most
 
 
 def settings(options: argparse.Namespace) -> Settings:
     plan = {"steps": options.steps, "found": 64, "seed": options.seed, "yardstick": min(5, options.steps)}
     if not options.quick:
-        return Settings(Shape(), Training(steps=options.train_steps, seed=options.seed), plan)
+        return Settings(Shape(), Training(steps=options.train_steps, seed=options.seed), plan, OTHERS)
     shape = Shape(vocabulary=1024, context=32, width=32, layers=1, heads=2)
     plan |= {"steps": 4, "yardstick": 2, "measure_every": 2}
     return Settings(shape, Training(steps=20, seed=options.seed), plan, texts=600)

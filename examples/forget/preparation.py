@@ -21,7 +21,7 @@ from .training import Progress, train
 class Training:
     """How to train."""
 
-    steps: int = 800
+    steps: int = 500
     tokens: int = 1024  # a batch
     rate: float = 4e-3
     seed: int = 0
