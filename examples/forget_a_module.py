@@ -31,7 +31,7 @@ from forget.worker import Setup, backend
 import unlearn_kernels
 
 PROJECTED = 512  # coordinates of a projected gradient
-OTHERS = 3000  # texts of other modules; a standard library has some eight thousand
+OTHERS = 3000  # texts of other modules; a standard library has some seven thousand
 
 
 def positive(text: str) -> int:
