@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ INCLUDE = str(ROOT / "csrc")  # absolute, because ninja runs in its own folder
 OPTIMISE = ["-O2", "-ftree-vectorize", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 if cpp_extension.check_compiler_is_gcc(cpp_extension.get_cxx_compiler()):
     OPTIMISE.append("-fvect-cost-model=dynamic")
+OPTIMISE += shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that they win
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000"]
 TILE = sorted(glob("csrc/tile/**/*.cpp", recursive=True))
 CPU = ["csrc/schema.cpp", *TILE, *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))]
