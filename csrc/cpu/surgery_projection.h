@@ -157,18 +157,14 @@ class Projection {
       const Products p = of(i);
       const double full[] = {p.ff, p.fr, p.fr, p.rr};
       std::copy(full, full + 4, gram_ + i * 4);
-      const PairWeights w = weights_of(options_.rule, {p.ff * f * f, p.fr * f * r, p.rr * r * r});
-      weights_[i * 2] = w.f * f;
-      weights_[i * 2 + 1] = w.r * r;
+      const PairWeights w = clipped_weights(options_.rule, p, f, r);
+      weights_[i * 2] = w.f;
+      weights_[i * 2 + 1] = w.r;
     }
   }
   void clip_result() {
     double square = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      const Products p = of(i);
-      const double a = weights_[i * 2], b = weights_[i * 2 + 1];
-      square += a * a * p.ff + 2 * a * b * p.fr + b * b * p.rr;
-    }
+    for (int64_t i = 0; i < count_; ++i) square += square_of({weights_[i * 2], weights_[i * 2 + 1]}, of(i));
     const double c = clip_factor(square < 0 ? 0 : square, options_.max_result_norm);
     for (int64_t i = 0; i < 2 * count_; ++i) weights_[i] *= c;
   }

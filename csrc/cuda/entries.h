@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#define UK_CUDA_ENTRIES(X) X(gramian) X(combine) X(adamw) X(mask_digit) X(mask_ties) X(mask_take) X(sign_sums)
+#define UK_CUDA_ENTRIES(X)                                                                          \
+  X(gramian) X(combine) X(conflict_weights) X(elements) X(adamw) X(mask_digit) X(mask_ties) X(mask_take) X(sign_sums)
 
 namespace uk::cuda::entries {
 

@@ -96,6 +96,13 @@ struct GramianOfChunk {
   }
 };
 
+// What thread t has of the sum of a value over the tasks of a segment.
+UK_DEVICE double segment_share(const double* parts, const int64_t* firsts, int64_t segment, int t) {
+  double sum = 0;
+  for (int64_t task = firsts[segment] + t; task < firsts[segment + 1]; task += kThreads) sum += parts[task];
+  return sum;
+}
+
 // out[segment, value] = sum of parts[value, task] over the segment's tasks.
 struct SegmentSum {
   struct Shared {
@@ -108,12 +115,7 @@ struct SegmentSum {
 
   UK_DEVICE void operator()(int64_t block, Shared& shared) const {
     const int64_t segment = block / values, value = block % values;
-    each_thread([&](int t) {
-      double sum = 0;
-      for (int64_t task = firsts[segment] + t; task < firsts[segment + 1]; task += kThreads)
-        sum += parts[value * tasks + task];
-      shared.sums[0][t] = sum;
-    });
+    each_thread([&](int t) { shared.sums[0][t] = segment_share(parts + value * tasks, firsts, segment, t); });
     sum_up<1>(shared.sums);
     each_thread([&](int t) {
       if (t == 0) out[block] = shared.sums[0][0];
@@ -121,24 +123,33 @@ struct SegmentSum {
   }
 };
 
-// List 0 = sum of weights[segment, k] * list 1 + k over a chunk.
+// List 0 = sum of weights[segment, k] * list first + k over a chunk. Sparing: lists of weight 0 are not read, and
+// nothing is done where the weights are 1, 0, 0, ...
 template <int kCode, class T>
 struct CombineChunk {
   struct Shared {};
   Lists lists;
-  int64_t sets;
+  int64_t first, sets, sparing;
   const double* weights;
 
+  UK_DEVICE bool changes(const double* w) const {
+    bool differ = false;
+    for (int64_t k = 0; k < sets; ++k) differ = differ || w[k] != (k == 0 ? 1 : 0);
+    return differ;
+  }
+
   UK_DEVICE void operator()(int64_t task, Shared&) const {
+    const double* w = weights + lists.segments[task] * sets;
+    if (sparing && !changes(w)) return;
     each_thread([&](int t) {
       const int64_t position = lists.positions[task];
-      const double* w = weights + lists.segments[task] * sets;
       each_group(lists, task, t, [&](int64_t at, int n) {
         T sum[kGroup] = {};
-#pragma unroll 2
+#pragma unroll(kCode == kAny ? 1 : 2)
         for (int64_t k = 0; k < sets; ++k) {
+          if (sparing && w[k] == 0) continue;
           T x[kGroup];
-          Row(lists, 1 + k, position).template load<kCode>(at, n, x);
+          Row(lists, first + k, position).template load<kCode>(at, n, x);
 #pragma unroll
           for (int i = 0; i < kGroup; ++i) sum[i] += T(w[k]) * x[i];
         }
@@ -159,6 +170,14 @@ void gramian_as(const Lists& lists, int64_t sets, bool single, double* parts, St
     launch(GramianOfChunk<8, kAny>{lists, sets, halves, single, parts}, lists.tasks * pairs, stream);
 }
 
+inline void gramian_parts(const Lists& lists, int64_t sets, int64_t code, bool single, double* parts, Stream stream) {
+  switch (code) {
+    case kF32: gramian_as<kF32>(lists, sets, single, parts, stream); break;
+    case kBf16: gramian_as<kBf16>(lists, sets, single, parts, stream); break;
+    default: gramian_as<kAny>(lists, sets, single, parts, stream);
+  }
+}
+
 // Lists, then sets, code, single, parts (sets^2, tasks), firsts, segments, out (segments, sets^2).
 inline void gramian(Arguments a, Stream stream) {
   const Lists lists(a);
@@ -167,28 +186,25 @@ inline void gramian(Arguments a, Stream stream) {
   double* parts = a.pointer<double>();
   const int64_t* firsts = a.pointer<int64_t>();
   const int64_t segments = a.number();
-  switch (code) {
-    case kF32: gramian_as<kF32>(lists, sets, single, parts, stream); break;
-    case kBf16: gramian_as<kBf16>(lists, sets, single, parts, stream); break;
-    default: gramian_as<kAny>(lists, sets, single, parts, stream);
-  }
+  gramian_parts(lists, sets, code, single, parts, stream);
   launch(SegmentSum{parts, firsts, sets * sets, lists.tasks, a.pointer<double>()}, segments * sets * sets, stream);
 }
 
-// Lists, then sets, code, single, weights (segments, sets).
+// Lists, then first, sets, code, single, sparing, weights (segments, sets).
 inline void combine(Arguments a, Stream stream) {
   const Lists lists(a);
-  const int64_t sets = a.number(), code = a.number();
+  const int64_t first = a.number(), sets = a.number(), code = a.number();
   const bool single = a.number() != 0;
+  const int64_t sparing = a.number();
   const double* weights = a.pointer<double>();
   if (code == kF32)
-    launch(CombineChunk<kF32, double>{lists, sets, weights}, lists.tasks, stream);
+    launch(CombineChunk<kF32, double>{lists, first, sets, sparing, weights}, lists.tasks, stream);
   else if (code == kBf16)
-    launch(CombineChunk<kBf16, float>{lists, sets, weights}, lists.tasks, stream);
+    launch(CombineChunk<kBf16, float>{lists, first, sets, sparing, weights}, lists.tasks, stream);
   else if (single)
-    launch(CombineChunk<kAny, float>{lists, sets, weights}, lists.tasks, stream);
+    launch(CombineChunk<kAny, float>{lists, first, sets, sparing, weights}, lists.tasks, stream);
   else
-    launch(CombineChunk<kAny, double>{lists, sets, weights}, lists.tasks, stream);
+    launch(CombineChunk<kAny, double>{lists, first, sets, sparing, weights}, lists.tasks, stream);
 }
 
 }  // namespace uk::cuda

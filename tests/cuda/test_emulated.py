@@ -1,74 +1,25 @@
-"""The CUDA C++ kernels as a C++ compiler makes them, block by block and thread by thread, under their launchers."""
+"""CUDA C++ kernels over lists and of projections, against float64."""
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from unlearn_kernels import _loader
-
 pytest.importorskip("triton")
 
-from unlearn_kernels.cuda_kernels import influence, native, surgery
+from tests.cuda.lists import BF16, DTYPES, F16, F32, F64, MIXES, SHAPES, doubled, lists
+from unlearn_kernels.cuda_kernels import influence, surgery
 from unlearn_kernels.reference import influence as projections
 from unlearn_kernels.reference import surgery as plain
 from unlearn_kernels.reference.surgery_adamw import surgical_adamw_
 from unlearn_kernels.reference.surgery_masks import topk_mask
 from unlearn_kernels.testing import assert_as_exact_as, randn, relative_error
 
-pytestmark = pytest.mark.skipif(not _loader.have_C, reason="the extension is not built")
-ROOT = Path(__file__).parents[2]
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = (F32, F64, BF16, F16)
-SHAPES = ((3, 5), (2500,), (), (0,), (17, 130))
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels as a shared library."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-    source = Path(__file__).parent / "emulated.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", "-o", library, source], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(autouse=True)
-def on_the_host(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(kernel: str, arguments: Sequence[int], device: torch.device) -> None:
-        assert device.type == "cpu"
-        getattr(emulated, kernel)((ctypes.c_int64 * len(arguments))(*arguments))
-
-    monkeypatch.setattr(native, "launch", launch)
-
-
-def lists(sets: int, dtypes: Sequence[torch.dtype], *, shift: int = 0) -> list[Tensor]:
-    """Set by set; with `shift`, tensors that begin so many elements behind a multiple of 16 bytes."""
-    tensors = []
-    for k in range(sets):
-        for i, shape in enumerate(SHAPES):
-            x = randn(*shape, dtype=dtypes[(k + i) % len(dtypes)], seed=10 * k + i)
-            memory = x.new_zeros(x.numel() + shift)
-            memory[shift:] = x.flatten()
-            tensors.append(memory[shift:].view(shape))
-    return tensors
-
-
-def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x.double() for x in tensors]
-
-
-MIXES = pytest.mark.parametrize("dtypes", [*((d,) for d in DTYPES), (F32, BF16), (F16, F64, F32)], ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_host")
 
 
 @MIXES

@@ -1,5 +1,6 @@
-"""Gramians, weighted sums, AdamW and masks over lists of tensors in CUDA C++, over the tables of the Triton kernels."""
+"""Gradient surgery, AdamW and masks over lists of tensors in CUDA C++, over the tables of the Triton kernels."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Final
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels.cuda_kernels.native import code_of, lists_of, run
-from unlearn_kernels.triton_kernels.surgery import adamw, masks, sums
+from unlearn_kernels.reference.surgery_rules import SKIP_NONFINITE, Options
+from unlearn_kernels.triton_kernels.surgery import adamw, conflict, elements, masks, sums
 from unlearn_kernels.triton_kernels.surgery.tables import Table, addresses_of, moved, table_of
 
 
@@ -23,9 +25,41 @@ def _gramians(table: Table) -> Tensor:
     return out
 
 
-def _combine(table: Table, weights: Tensor, single: bool) -> None:
+def _combine(table: Table, first: int, weights: Tensor, single: bool, sparing: bool) -> None:
     """One launch, no scratch."""
-    run("combine", weights.device, *lists_of(table), table.lists - 1, code_of(table), single, weights)
+    kinds = (first, table.lists - first, code_of(table), single, sparing)
+    run("combine", weights.device, *lists_of(table), *kinds, weights)
+
+
+def _decide(
+    table: Table, rule: int, numbers: Tensor, options: Sequence[float], flags: int
+) -> tuple[Tensor, Tensor]:
+    """A launch over the lists and one over the segments; another where all weights depend on all segments."""
+    device, named = numbers.device, Options(*options)
+    clips = not (math.isinf(named.max_norm) and math.isinf(named.max_result_norm))
+    together = table.sums > 1 and (clips or bool(flags & SKIP_NONFINITE))
+    parts = torch.empty(4, table.tasks, dtype=torch.float64, device=device)
+    G = torch.empty(table.sums, 2, 2, dtype=torch.float64, device=device)
+    weights = torch.empty(table.sums, 2, dtype=torch.float64, device=device)
+    of = (code_of(table), table.single, parts, table.firsts, table.sums, numbers, rule, flags, together)
+    run("conflict_weights", device, *lists_of(table), *of, G, weights)
+    return G, weights
+
+
+def _act(
+    table: Table,
+    numbering: Tensor,
+    total: Tensor | None,
+    numbers: Tensor,
+    seed: int,
+    rule: elements.ElementRule,
+) -> Tensor:
+    """A launch over the lists and one over the tensors."""
+    clashes = torch.empty(table.tasks, dtype=torch.float64, device=numbers.device)
+    out = torch.empty(table.sums, dtype=torch.float64, device=numbers.device)
+    kinds = (code_of(table), numbering, total, numbers, seed, *rule)
+    run("elements", numbers.device, *lists_of(table), *kinds, clashes, table.firsts, table.sums, out)
+    return out
 
 
 def _update(
@@ -71,5 +105,11 @@ def _fill(
 # The raw operators: tables, copies and checks are those of the Triton kernels.
 gramian: Final = partial(sums.gramian, gramians=_gramians)
 combine_: Final = partial(sums.combine_, combine=_combine)
+project_conflict_: Final = partial(
+    conflict.project_conflict_,
+    decide=_decide,
+    combine=_combine,
+    elements=partial(elements.project_elements, gramians=_gramians, act=_act),
+)
 surgical_adamw_: Final = partial(adamw.surgical_adamw_, update=_update)
 topk_mask: Final = partial(masks.topk_mask, fill=_fill)

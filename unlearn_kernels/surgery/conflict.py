@@ -91,6 +91,7 @@ _ops.register_operator(
     reference=reference.project_conflict_,
     fake=_fake,
     triton=_triton,
+    cuda=_ops.launcher("surgery", "project_conflict_", "cuda_kernels"),
     op="project_conflict_",
 )
 

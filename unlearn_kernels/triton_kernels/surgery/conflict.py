@@ -1,6 +1,6 @@
 """`project_conflict_`: the weights of each rule, made on the device, and the rules for single elements."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -12,10 +12,16 @@ from unlearn_kernels.reference.surgery_rules import COMPAT, SKIP_NONFINITE, UPPE
 from unlearn_kernels.triton_kernels.aot import AotCase
 from unlearn_kernels.triton_kernels.common import launch_options, on_device, span
 from unlearn_kernels.triton_kernels.surgery.elements import project_elements
-from unlearn_kernels.triton_kernels.surgery.sums import combine_table, gramians_of, single_is_enough
+from unlearn_kernels.triton_kernels.surgery.sums import (
+    Combine,
+    combine_table,
+    gramians_of,
+    single_is_enough,
+)
 from unlearn_kernels.triton_kernels.surgery.tables import (
     ELEMENT,
     ROW,
+    Table,
     copy_back,
     made_dense,
     refuse_overlap,
@@ -150,6 +156,18 @@ def rule_weights(gramians: Tensor, rule: int, options: Tensor, flags: int) -> Te
     return weights
 
 
+def _decide(
+    table: Table, rule: int, numbers: Tensor, options: Sequence[float], flags: int
+) -> tuple[Tensor, Tensor]:
+    G = gramians_of(table)
+    return G, rule_weights(G, rule, numbers, flags)
+
+
+# Gramians (S, 2, 2) and weights (S, 2) of a rule; its numbers on the device and on the host.
+Decide = Callable[[Table, int, Tensor, Sequence[float], int], tuple[Tensor, Tensor]]
+Elements = Callable[[Sequence[Tensor], Sequence[Tensor], int, Tensor, Sequence[float], int, int], Tensor]
+
+
 def project_conflict_(
     forget: Sequence[Tensor],
     retain: Sequence[Tensor],
@@ -159,19 +177,21 @@ def project_conflict_(
     options: Sequence[float],
     flags: int,
     seed: int,
+    decide: Decide = _decide,
+    combine: Combine = combine_table,
+    elements: Elements = project_elements,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The raw operator `project_conflict_`: two passes, or one for elements, and no wait for the device."""
     refuse_overlap(forget, retain)
     numbers = torch.tensor(options, dtype=torch.float64).to(forget[0].device, non_blocking=True)
     if scope == ELEMENT:
-        rates = project_elements(forget, retain, rule, numbers, options, flags, seed)
+        rates = elements(forget, retain, rule, numbers, options, flags, seed)
         none = rates.new_empty(0, 2, 2)
         return none, none[:, 0], rates
     made = made_dense([forget, retain], indexed=scope == ROW)
     table = table_of(made, scope, groups)
-    G = gramians_of(table)
-    weights = rule_weights(G, rule, numbers, flags)
-    combine_table(table, 0, weights, single=single_is_enough(table, forget), sparing=True)
+    G, weights = decide(table, rule, numbers, options, flags)
+    combine(table, 0, weights, single_is_enough(table, forget), True)
     copy_back(forget, made[0])
     return (G, weights, G.new_empty(0)) if scope else (G[0], weights[0], G.new_empty(0))
 

@@ -1,7 +1,7 @@
 """Rules for single elements: one pass, one program a chunk."""
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from unlearn_kernels.triton_kernels.surgery.sums import (
     segment_sums,
     store_row,
 )  # fmt: skip
-from unlearn_kernels.triton_kernels.surgery.tables import TENSOR, copy_back, made_dense, table_of
+from unlearn_kernels.triton_kernels.surgery.tables import TENSOR, Table, copy_back, made_dense, table_of
 
 _BLOCK: Final = 1024
 
@@ -90,10 +90,44 @@ def elements_kernel(
         tl.store(clashes + task, tl.sum(found.to(tl.float64), axis=0))
 
 
+class ElementRule(NamedTuple):
+    """What the kernels do with an element."""
+
+    drop: bool  # by chance
+    drops_clashes: bool  # of opposite signs nothing is left, not alpha r
+    agree: bool  # alpha r is added where signs agree
+
+    @staticmethod
+    def of(rule: int, options: Sequence[float], flags: int) -> "ElementRule":
+        """The rule with its numbers and flags."""
+        agree = options[1] != 0 and (rule in (AGEM, PCGRAD) or bool(flags & KEEP_RETAIN))
+        return ElementRule(rule == GRADDROP, rule == PCGRAD, agree)
+
+
 def _first_elements(tensors: Sequence[Tensor]) -> Tensor:
     """The number of the first element of each tensor, a multiple of 4."""
     sizes = torch.tensor([(x.numel() + 3) // 4 * 4 for x in tensors])
     return torch.cumsum(sizes, 0) - sizes
+
+
+def _act(
+    table: Table, numbering: Tensor, total: Tensor | None, numbers: Tensor, seed: int, rule: ElementRule
+) -> Tensor:
+    clashes = torch.empty(1, table.tasks, dtype=torch.float64, device=numbers.device)
+    if table.tasks > 0:
+        with on_device(clashes):
+            elements_kernel[(table.tasks,)](
+                *table.tensors(), numbering, numbers if total is None else total, numbers, clashes, seed,
+                table.addresses.shape[1], BLOCK=_BLOCK, TYPES=table.types,
+                ACC=tl.float32 if table.single else tl.float64, ALIGNED=table.aligned, DROP=rule.drop,
+                DROPS_CLASHES=rule.drops_clashes, AGREE=rule.agree, SKIP=total is not None, **launch_options(),
+            )  # fmt: skip
+    return segment_sums(clashes, table)[:, 0]
+
+
+# Writes list 0; how many signs of each tensor differ, NaN for a step that is skipped. Takes the numbers of the first
+# elements, and the Gramian of all where a step that is not finite is skipped.
+Act = Callable[[Table, Tensor, Tensor | None, Tensor, int, ElementRule], Tensor]
 
 
 def project_elements(
@@ -104,25 +138,18 @@ def project_elements(
     options: Sequence[float],
     flags: int,
     seed: int,
+    gramians: Callable[[Table], Tensor] = gramians_of,
+    act: Act = _act,
 ) -> Tensor:
     """Writes `forget`; the share of opposite signs of each tensor. `numbers`: the options on the device."""
-    drop, skip, device = rule == GRADDROP, bool(flags & SKIP_NONFINITE), forget[0].device
-    made = made_dense([forget, retain], indexed=drop)
+    made = made_dense([forget, retain], indexed=rule == GRADDROP)
     table = table_of(made, TENSOR)
-    total = gramians_of(table).sum(0) if skip else numbers
-    clashes = torch.empty(1, table.tasks, dtype=torch.float64, device=device)
-    agree = options[1] != 0 and (rule in (AGEM, PCGRAD) or bool(flags & KEEP_RETAIN))
-    if table.tasks > 0:
-        with on_device(clashes):
-            elements_kernel[(table.tasks,)](
-                *table.tensors(), _first_elements(forget).to(device, non_blocking=True), total, numbers, clashes,
-                seed, table.addresses.shape[1], BLOCK=_BLOCK, TYPES=table.types,
-                ACC=tl.float32 if table.single else tl.float64, ALIGNED=table.aligned, DROP=drop,
-                DROPS_CLASHES=rule == PCGRAD, AGREE=agree, SKIP=skip, **launch_options(),
-            )  # fmt: skip
+    total = gramians(table).sum(0) if flags & SKIP_NONFINITE else None
+    numbering = _first_elements(forget).to(numbers.device, non_blocking=True)
+    found = act(table, numbering, total, numbers, seed, ElementRule.of(rule, options, flags))
     copy_back(forget, made[0])
     sizes = torch.tensor([max(x.numel(), 1) for x in forget], dtype=torch.float64)
-    return segment_sums(clashes, table)[:, 0] / sizes.to(device, non_blocking=True)
+    return found / sizes.to(numbers.device, non_blocking=True)
 
 
 def _case(

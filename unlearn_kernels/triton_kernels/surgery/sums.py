@@ -209,8 +209,12 @@ def gramians_of(table: Table) -> Tensor:
     return segment_sums(parts, table).view(-1, lists, lists)
 
 
-def combine_table(table: Table, first: int, weights: Tensor, *, single: bool, sparing: bool) -> None:
-    """Runs the combination with weights (segments, terms), float64."""
+# A combination of the lists from `first` on with weights (segments, terms), float64: `single`, `sparing`.
+Combine = Callable[[Table, int, Tensor, bool, bool], None]
+
+
+def combine_table(table: Table, first: int, weights: Tensor, single: bool, sparing: bool) -> None:
+    """One launch."""
     if table.tasks == 0:
         return
     lists, acc = table.lists - first, tl.float32 if single else tl.float64
@@ -241,17 +245,13 @@ def gramian(
     return found if scope else found[0]
 
 
-def _combine(table: Table, weights: Tensor, single: bool) -> None:
-    combine_table(table, 1, weights, single=single, sparing=False)
-
-
 def combine_(
     out: Sequence[Tensor],
     tensors: Sequence[Tensor],
     weights: Tensor,
     scope: int = 0,
     groups: Sequence[int] = (),
-    combine: Callable[[Table, Tensor, bool], None] = _combine,
+    combine: Combine = combine_table,
 ) -> None:
     """The raw operator `combine_`."""
     if not out:
@@ -260,7 +260,7 @@ def combine_(
     sets = [tensors[at : at + len(out)] for at in range(0, len(tensors), len(out))]
     made = made_dense([out, *sets], indexed=scope == ROW)
     table = table_of(made, scope, groups)
-    combine(table, weights.contiguous(), single_is_enough(table, out))
+    combine(table, 1, weights.contiguous(), single_is_enough(table, out), False)
     copy_back(out, made[0])
 
 
