@@ -20,8 +20,8 @@ struct Vectors {
   }
 };
 
-// A block has kRows rows and kQueries queries at a time: a thread every 32nd row and kEach queries. The next part of the
-// rows is on its way while this one is multiplied.
+// A block has kRows rows and kQueries queries at a time: a thread every 32nd row and kEach queries. The next part of
+// the rows is on its way while this one is multiplied.
 template <class T, int kEach, int kCode>
 struct ScanRows {
   using Key = typename Ranks<T>::Key;

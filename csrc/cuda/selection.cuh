@@ -63,8 +63,8 @@ UK_DEVICE void choose_bin(Selection<Key>& s) {
   s.whole = s.bins[bin] == left;
 }
 
-// Moves the `most` best of `count` keys to the front, in any order; so many of them are not 0. Returns a bound that no
-// other key is above and none of them below.
+// Moves the `most` best of more keys to the front, in any order; so many of them are not 0. Returns a bound, not 0, that
+// no other key is above and none of them below.
 template <class Key, class Keys>
 UK_DEVICE Key keep_best(const Keys& keys, int64_t count, int64_t most, Selection<Key>& s) {
   constexpr int kBits = 8 * sizeof(Key);
@@ -100,7 +100,7 @@ UK_DEVICE Key keep_best(const Keys& keys, int64_t count, int64_t most, Selection
     PerThread<Key> mine;
     each_thread([&](int t) { mine[t] = first + t < count ? keys[first + t] : Key(0); });
     each_thread([&](int t) {
-      if (mine[t] > 0 && mine[t] >= bound) keys[take_up(&s.kept, 1u)] = mine[t];
+      if (mine[t] >= bound) keys[take_up(&s.kept, 1u)] = mine[t];
     });
   }
   return bound;
