@@ -54,6 +54,18 @@ UK_DEVICE void count_up(T* at, T by) {
 #endif
 }
 
+// The same; returns what was there before, which does depend on the order: for places in what is a set.
+template <class T>
+UK_DEVICE T take_up(T* at, T by) {
+#ifdef __CUDACC__
+  return atomicAdd(at, by);
+#else
+  const T before = *at;
+  *at += by;
+  return before;
+#endif
+}
+
 // kSums sums over the threads, each by halves: sums[i][0] is the result.
 template <int kSums>
 UK_DEVICE void sum_up(double (*sums)[kThreads]) {

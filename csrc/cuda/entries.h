@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #define UK_CUDA_ENTRIES(X)                                                                          \
-  X(gramian) X(combine) X(conflict_weights) X(elements) X(adamw) X(mask_digit) X(mask_ties) X(mask_take) X(sign_sums)
+  X(gramian) X(combine) X(conflict_weights) X(elements) X(adamw) X(mask_digit) X(mask_ties) X(mask_take) \
+  X(sign_sums) X(topk)
 
 namespace uk::cuda::entries {
 

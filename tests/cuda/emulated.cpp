@@ -3,6 +3,7 @@
 
 #include "cuda/entries.h"
 #include "cuda/influence.cuh"
+#include "cuda/influence_topk.cuh"
 #include "cuda/surgery.cuh"
 #include "cuda/surgery_adamw.cuh"
 #include "cuda/surgery_conflict.cuh"

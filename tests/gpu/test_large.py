@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from unlearn_kernels import _loader, use_backend
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.influence import Projection, topk
 from unlearn_kernels.per_sample import embedding, linear
 from unlearn_kernels.surgery import gramian, project_conflict_
@@ -12,6 +14,7 @@ from unlearn_kernels.token_loss import linear_nll
 BEYOND = (1 << 31) + 4096
 BYTES = 10 << 30
 
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"] if _loader.have_C_cuda else ["triton"])
 
 pytestmark = pytest.mark.cuda_only
 
@@ -47,22 +50,25 @@ def test_embedding_sqnorms(device: str) -> None:
     assert torch.equal(found, expected)
 
 
-def test_gradient_lists(device: str) -> None:
+@BACKENDS
+def test_gradient_lists(backend: Backend, device: str) -> None:
     forget = torch.ones(BEYOND, dtype=torch.bfloat16, device=device)
     retain = torch.full((BEYOND,), -1.0, dtype=torch.bfloat16, device=device)
-    G = gramian([[forget], [retain]])
+    G = gramian([[forget], [retain]], backend=backend)
     assert G.tolist() == [[BEYOND, -BEYOND], [-BEYOND, BEYOND]]
-    project_conflict_([forget], [retain])
+    project_conflict_([forget], [retain], backend=backend)
     assert not forget[-5000:].any()
     assert not forget[:5000].any()
 
 
-def test_projection_and_search(device: str) -> None:
+@BACKENDS
+def test_projection_and_search(backend: Backend, device: str) -> None:
     far, near = (x[:, 0] for x in ends(3, 300, device))
     project = Projection(300, 32, seed=1)
-    assert torch.equal(project(far), project(near))
-    for a, b in zip(topk(near, far, 2), topk(near, near, 2), strict=True):
-        assert torch.equal(a, b)
+    with use_backend(backend):
+        assert torch.equal(project(far), project(near))
+        for a, b in zip(topk(near, far, 2), topk(near, near, 2), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_token_loss(device: str) -> None:

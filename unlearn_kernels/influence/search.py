@@ -37,6 +37,7 @@ _ops.register_operator(
     reference=reference.topk,
     fake=_fake,
     triton=_triton,
+    cuda=_ops.launcher("influence", "topk", "cuda_kernels"),
 )
 
 

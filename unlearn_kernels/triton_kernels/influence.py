@@ -1,5 +1,6 @@
 """Random projections with signs made in registers, and the best rows of a store for each query."""
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -164,7 +165,13 @@ def keys(scores, index, LARGEST: tl.constexpr):
     return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - index)
 
 
-def topk(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+# The best rows of at most _QUERIES queries.
+Search = Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor]]
+
+
+def topk(
+    queries: Tensor, rows: Tensor, k: int, largest: bool, search: Search | None = None
+) -> tuple[Tensor, Tensor]:
     """Values and indices (Q, k) of the best rows, some queries at a time and a range of rows after the other.
 
     Scratch: 32 MB of scores, and twice the result of those queries.
@@ -175,7 +182,7 @@ def topk(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, 
     values = torch.empty(queries.shape[0], k, dtype=wide, device=queries.device)
     indices = torch.empty(queries.shape[0], k, dtype=torch.int64, device=queries.device)
     if k > 0:
-        search = _search_doubles if wide == torch.float64 else _search_floats
+        search = search or (_search_doubles if wide == torch.float64 else _search_floats)
         for part in (slice(q, q + _QUERIES) for q in range(0, queries.shape[0], _QUERIES)):
             values[part], indices[part] = search(queries[part], rows, k, largest)
     return values, indices
