@@ -5,29 +5,54 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_AT_ONCE: Final = 1 << 20
 
 
 class StoreError(RuntimeError):
     """A folder is no store, one that is damaged, or one that does not fit what is asked of it."""
 
 
+class Growing:
+    """A file that is written bit by bit; `size` and `crc`, its CRC-32, are of what is in it so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self.size, self.crc = 0, 0
+
+    def add(self, chunk: Any) -> None:
+        """Append bytes. Their checksum is taken while they are in cache."""
+        view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
+        while view:
+            written = self._file.write(view[:_AT_ONCE])
+            self.crc = zlib.crc32(view[:written], self.crc)
+            self.size += written
+            view = view[written:]
+
+    def back_to(self, size: int, crc: int) -> None:
+        """Forget what came after `size` bytes, whose checksum is `crc`."""
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.size, self.crc = size, crc
+
+    def finish(self) -> list[int]:
+        """Size and checksum; on disk when it returns."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return [self.size, self.crc]
+
+
 def write(path: Path, *chunks: Any) -> list[int]:
     """Bytes and CRC-32 of what is written, on disk when it returns."""
-    size, crc = 0, 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B") if len(chunk) else b""
-            file.write(view)
-            crc = zlib.crc32(view, crc)
-            size += len(view)
-        file.flush()
-        os.fsync(file.fileno())
-    return [size, crc]
+    file = Growing(path)
+    for chunk in chunks:
+        file.add(chunk)
+    return file.finish()
 
 
 def sync_folder(folder: Path) -> None:

@@ -32,7 +32,7 @@ struct Walsh {
   // come first, so that what is left fits in the nearest cache.
   static void lanes(T* z, int64_t n) {
     if (n > kNear) {
-      level<4>(z, n, n / 4);
+      far_lanes(z, n);
       for (int64_t part = 0; part < 4; ++part) lanes(z + part * (n / 4) * W, n / 4);
       return;
     }
@@ -42,9 +42,11 @@ struct Walsh {
     if (h == 2) level<2>(z, n, 1);
   }
 
- private:
+  // The first step of `lanes` for n > kNear: the four parts of z are left to be transformed.
+  static void far_lanes(T* z, int64_t n) { level<4>(z, n, n / 4); }
   static constexpr int64_t kNear = 256;  // elements of all lanes that take a small part of the nearest cache
 
+ private:
   template <int R>
   static void level(T* z, int64_t n, int64_t h) {
     for (int64_t i = 0; i < n; i += R * h)

@@ -11,6 +11,7 @@ _LEVELS: Final = {"int8": 127, "int4": 7}
 _FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUERY_LEVELS: Final = 8191
 _AT_ONCE: Final = 1 << 18
+_DOUBLES: Final = 1 << 15
 
 
 class Coded(NamedTuple):
@@ -83,6 +84,13 @@ def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
         rows = torch.stack((rows & 15, rows >> 4), dim=2).flatten(1)[:, :width]
     values = rows.float() - (_LEVELS[name] + 1)
     return values * coded.scales.repeat_interleave(block, dim=1)[:, :width]
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Of the rows (n, D), (n,) float64."""
+    # Some rows at a time, so that their doubles stay in cache.
+    step = max(1, _DOUBLES // max(x.shape[1], 1))
+    return torch.cat([part.to(torch.float64, copy=True).square_().sum(1) for part in x.split(step)])
 
 
 def query_codes(queries: Tensor) -> tuple[Tensor, Tensor]:
