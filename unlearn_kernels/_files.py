@@ -1,5 +1,6 @@
 """Files of stores on disk: raw little-endian arrays with checksums, and records that are replaced as a whole."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -12,10 +13,19 @@ import torch
 from torch import Tensor
 
 _AT_ONCE: Final = 1 << 20
+_BEHIND: Final = 1 << 25  # bytes after which the disk is set to work, long before it has to be waited for
+_WRITE: Final = 2  # SYNC_FILE_RANGE_WRITE
 
 
 class StoreError(RuntimeError):
     """A folder is no store, one that is damaged, or one that does not fit what is asked of it."""
+
+
+def _start_writing(handle: int, begin: int, size: int) -> None:
+    """Lets a range of a file be written to disk, without waiting; where the system has no such call, later."""
+    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if start is not None:
+        start(handle, ctypes.c_int64(begin), ctypes.c_int64(size), _WRITE)
 
 
 class Growing:
@@ -23,7 +33,7 @@ class Growing:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self.size, self.crc = 0, 0
+        self.size, self.crc, self._started = 0, 0, 0
 
     def add(self, chunk: Any) -> None:
         """Append bytes. Their checksum is taken while they are in cache."""
@@ -33,12 +43,15 @@ class Growing:
             self.crc = zlib.crc32(view[:written], self.crc)
             self.size += written
             view = view[written:]
+            if self.size - self._started >= _BEHIND:
+                _start_writing(self._file.fileno(), self._started, self.size - self._started)
+                self._started = self.size
 
     def back_to(self, size: int, crc: int) -> None:
         """Forget what came after `size` bytes, whose checksum is `crc`."""
         self._file.truncate(size)
         self._file.seek(size)
-        self.size, self.crc = size, crc
+        self.size, self.crc, self._started = size, crc, min(self._started, size)
 
     def finish(self) -> list[int]:
         """Size and checksum; on disk when it returns."""

@@ -11,7 +11,7 @@ _LEVELS: Final = {"int8": 127, "int4": 7}
 _FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUERY_LEVELS: Final = 8191
 _AT_ONCE: Final = 1 << 18
-_DOUBLES: Final = 1 << 18
+_DOUBLES: Final = 1 << 16
 
 
 class Coded(NamedTuple):
@@ -94,9 +94,14 @@ def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
 
 def squared_norms(x: Tensor) -> Tensor:
     """Of the rows (n, D), (n,) float64."""
-    # Some rows at a time, so that their doubles stay in cache.
+    # Some rows at a time, whose doubles stay in cache.
     step = max(1, _DOUBLES // max(x.shape[1], 1))
-    return torch.cat([part.to(torch.float64, copy=True).square_().sum(1) for part in x.split(step)])
+    wide = x.new_empty(min(step, len(x)), x.shape[1], dtype=torch.float64)
+    out = x.new_empty(len(x), dtype=torch.float64)
+    for begin in range(0, len(x), step):
+        part = x[begin : begin + step]
+        torch.sum(wide[: len(part)].copy_(part).square_(), dim=1, out=out[begin : begin + step])
+    return out
 
 
 def query_codes(queries: Tensor) -> tuple[Tensor, Tensor]:

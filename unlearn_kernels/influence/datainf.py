@@ -54,7 +54,7 @@ def datainf(
     Raises:
         ValueError: if shapes do not fit or a damping is not positive.
 
-    Scratch: `4 B * 256 * (n + Q)` a thread and `8 B * Q n * d_l / 256`.
+    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`.
 
     Source: Kwon et al. 2024, arXiv 2310.00902 (DataInf).
     """
