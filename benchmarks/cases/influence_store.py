@@ -151,7 +151,7 @@ def _recall(x: Search, output: Both, reference: Both) -> dict[str, float]:
 _BOUNDS = {"float32": 1e-6, "bfloat16": 4e-3, "int8": 2e-2, "int4": 3e-1}
 
 
-def _scan(Q: int, N: int, D: int, k: int, dtype: str, label: str, warm: Case | None) -> Case:
+def _scan(Q: int, N: int, D: int, k: int, dtype: str, label: str) -> Case:
     peers = (
         Provider("torch in chunks, fp32, both ends", lambda x: Call(lambda: _chunks(x)), "plain"),
         Provider("faiss flat fp32, both ends", _faiss, requires=("faiss",), devices=("cpu",)),
@@ -174,7 +174,6 @@ def _scan(Q: int, N: int, D: int, k: int, dtype: str, label: str, warm: Case | N
             bound=_BOUNDS[dtype],
             threads=1,
             metrics=_recall,
-            warm=warm,
             memory_unit=4 * Q * N,
         )
     )
@@ -246,10 +245,10 @@ def _rate(N: int, D: int, dtype: str, label: str, warm: Case | None) -> Case:
 
 
 for _dtype in _BITS:
-    _small_scan = _scan(10, 2048, 256, 10, _dtype, "small", None)
+    _scan(10, 2048, 256, 10, _dtype, "small")
     if _dtype != "float32":
-        _scan(100, 200_000, 1024, 100, _dtype, "100x200k", _small_scan)
+        _scan(100, 200_000, 1024, 100, _dtype, "100x200k")
     for _queries in (1, 8):
-        _scan(_queries, 200_000, 1024, 100, _dtype, f"{_queries}x200k", _small_scan)
+        _scan(_queries, 200_000, 1024, 100, _dtype, f"{_queries}x200k")
     _small_rate = _rate(2048, 256, _dtype, "small", None)
     _rate(131_072, 1024, _dtype, "131k", _small_rate)

@@ -158,6 +158,10 @@ class Shard:
         keep[self.deleted] = False
         return keep.nonzero().flatten()
 
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Rows that are not deleted, counted without those that are."""
+        return rows if self.info.deleted_rows == 0 else torch.searchsorted(self.kept, rows)
+
     def metadata(self) -> list[Any]:
         """What was given with each row, or None."""
         if "metadata.json" not in self.info.files:

@@ -378,8 +378,7 @@ class GradientStore:
         for shard in self._shards:
             found = scan_shard(shard, folded, k, ends)
             for end, (values, rows) in zip(parts, found, strict=True):
-                numbers = torch.searchsorted(shard.kept, rows) + first
-                end.append(Found(values, shard.ids[rows], numbers))
+                end.append(Found(values, shard.ids[rows], shard.numbers(rows) + first))
             first += shard.info.rows - shard.info.deleted_rows
             if progress is not None:
                 progress(first, len(self))
