@@ -26,7 +26,17 @@ from unlearn_kernels.testing import relative_error
 TOKENS, SEQUENCES, QUERIES, VOCABULARY = 64, 64, 8, 512
 
 
-def new_model() -> nn.Module:
+# All that Kronfluence computes in a precision of its own.
+DOUBLE_FACTORS = (
+    "activation_covariance_dtype",
+    "gradient_covariance_dtype",
+    "per_sample_gradient_dtype",
+    "lambda_dtype",
+)
+DOUBLE_SCORES = ("per_sample_gradient_dtype", "precondition_dtype", "score_dtype")
+
+
+def new_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -37,13 +47,13 @@ def new_model() -> nn.Module:
         intermediate_size=1024,
         vocab_size=VOCABULARY,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval().to(dtype)
 
 
-def new_analyzer(folder: str) -> Any:
+def new_analyzer(folder: str, dtype: torch.dtype) -> Any:
     from kronfluence import Analyzer, Task, prepare_model
 
-    model = new_model()
+    model = new_model(dtype)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
 
     class Language(Task):
@@ -67,19 +77,22 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def run(batch_size: int = 16) -> tuple[dict[str, float], Tensor]:
-    """Seconds of each stage, and the scores, with factors from batches of a size."""
+def run(batch_size: int = 16, dtype: torch.dtype = torch.float32) -> tuple[dict[str, float], Tensor]:
+    """Seconds of each stage, and the scores, with factors from batches of a size, all of it in one precision."""
     from kronfluence import FactorArguments, ScoreArguments
 
     torch.manual_seed(1)
     from torch.utils.data import TensorDataset
 
     train, queries = (TensorDataset(torch.randint(VOCABULARY, (n, TOKENS))) for n in (SEQUENCES, QUERIES))
-    args = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+    args = FactorArguments(
+        strategy="ekfac", use_empirical_fisher=True, **dict.fromkeys(DOUBLE_FACTORS, dtype)
+    )
+    score_args = ScoreArguments(**dict.fromkeys(DOUBLE_SCORES, dtype))
     batch = {"per_device_batch_size": batch_size, "factor_args": args}
     with tempfile.TemporaryDirectory() as folder:
-        analyzer = new_analyzer(folder)
-        model = new_model()
+        analyzer = new_analyzer(folder, dtype)
+        model = new_model(dtype)
 
         def plain() -> None:
             for (ids,) in torch.utils.data.DataLoader(train, 16):
@@ -96,7 +109,7 @@ def run(batch_size: int = 16) -> tuple[dict[str, float], Tensor]:
         }
         seconds["pairwise scores"] = timed(
             lambda: analyzer.compute_pairwise_scores(
-                "s", "f", queries, train, QUERIES, per_device_train_batch_size=16, score_args=ScoreArguments()
+                "s", "f", queries, train, QUERIES, per_device_train_batch_size=16, score_args=score_args
             )
         )
         return seconds, analyzer.load_pairwise_scores("s")["all_modules"]
@@ -116,13 +129,15 @@ def measured(rounds: int) -> dict[str, Any]:
             finally:
                 adapter.uninstall()
             best[name] = {stage: min(s, best[name].get(stage, s)) for stage, s in seconds.items()}
-    exact = scores["kronfluence"].double()
+    theirs, wide = scores["kronfluence"].double(), run(dtype=torch.float64)[1]
     return {
         "machine": describe("cpu"),
         "seconds": best,
-        "difference of scores": relative_error(scores["unlearn_adapters"], exact),
+        "difference of scores": relative_error(scores["unlearn_adapters"], theirs),
         # The basis of nearly equal eigenvalues turns with the last digits of a covariance.
-        "difference of Kronfluence's own with batches of 32": relative_error(run(32)[1], exact),
+        "difference of Kronfluence's own with batches of 32": relative_error(run(32)[1], theirs),
+        "Kronfluence from its own in float64": relative_error(theirs, wide),
+        "unlearn_adapters from Kronfluence in float64": relative_error(scores["unlearn_adapters"], wide),
     }
 
 
@@ -139,8 +154,9 @@ def main() -> int:
     theirs, ours = found["seconds"]["kronfluence"], found["seconds"]["unlearn_adapters"]
     for stage in theirs:
         print(f"{stage:<20}{theirs[stage]:>8.2f} s{ours[stage]:>8.2f} s{theirs[stage] / ours[stage]:>8.2f} x")
-    for name in ("difference of scores", "difference of Kronfluence's own with batches of 32"):
-        print(f"{name}: {found[name]:.1e}")
+    for name, value in found.items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.1e}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

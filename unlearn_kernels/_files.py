@@ -1,33 +1,71 @@
 """Files of stores on disk: raw little-endian arrays with checksums, and records that are replaced as a whole."""
 
+import ctypes
 import fcntl
 import json
 import os
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_AT_ONCE: Final = 1 << 20
+_BEHIND: Final = 1 << 25  # bytes after which the disk is set to work, long before it has to be waited for
+_WRITE: Final = 2  # SYNC_FILE_RANGE_WRITE
 
 
 class StoreError(RuntimeError):
     """A folder is no store, one that is damaged, or one that does not fit what is asked of it."""
 
 
+def _start_writing(handle: int, begin: int, size: int) -> None:
+    """Lets a range of a file be written to disk, without waiting; where the system has no such call, later."""
+    start = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if start is not None:
+        start(handle, ctypes.c_int64(begin), ctypes.c_int64(size), _WRITE)
+
+
+class Growing:
+    """A file that is written bit by bit; `size` and `crc`, its CRC-32, are of what is in it so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self.size, self.crc, self._started = 0, 0, 0
+
+    def add(self, chunk: Any) -> None:
+        """Append bytes. Their checksum is taken while they are in cache."""
+        view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")
+        while view:
+            written = self._file.write(view[:_AT_ONCE])
+            self.crc = zlib.crc32(view[:written], self.crc)
+            self.size += written
+            view = view[written:]
+            if self.size - self._started >= _BEHIND:
+                _start_writing(self._file.fileno(), self._started, self.size - self._started)
+                self._started = self.size
+
+    def back_to(self, size: int, crc: int) -> None:
+        """Forget what came after `size` bytes, whose checksum is `crc`."""
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.size, self.crc, self._started = size, crc, min(self._started, size)
+
+    def finish(self) -> list[int]:
+        """Size and checksum; on disk when it returns."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return [self.size, self.crc]
+
+
 def write(path: Path, *chunks: Any) -> list[int]:
     """Bytes and CRC-32 of what is written, on disk when it returns."""
-    size, crc = 0, 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B") if len(chunk) else b""
-            file.write(view)
-            crc = zlib.crc32(view, crc)
-            size += len(view)
-        file.flush()
-        os.fsync(file.fileno())
-    return [size, crc]
+    file = Growing(path)
+    for chunk in chunks:
+        file.add(chunk)
+    return file.finish()
 
 
 def sync_folder(folder: Path) -> None:

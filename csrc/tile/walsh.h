@@ -28,7 +28,31 @@ struct Walsh {
         for (int64_t j = i; j < i + h; j += W) butterflies<2>(z + j, h);
   }
 
+  // W transforms side by side, one a lane: element i of them is z[i * W ... i * W + W - 1]. Pairs that are far apart
+  // come first, so that what is left fits in the nearest cache.
+  static void lanes(T* z, int64_t n) {
+    if (n > kNear) {
+      far_lanes(z, n);
+      for (int64_t part = 0; part < 4; ++part) lanes(z + part * (n / 4) * W, n / 4);
+      return;
+    }
+    int64_t h = n;
+    for (; h >= 8; h /= 8) level<8>(z, n, h / 8);
+    if (h == 4) level<4>(z, n, 1);
+    if (h == 2) level<2>(z, n, 1);
+  }
+
+  // The first step of `lanes` for n > kNear: the four parts of z are left to be transformed.
+  static void far_lanes(T* z, int64_t n) { level<4>(z, n, n / 4); }
+  static constexpr int64_t kNear = 256;  // elements of all lanes that take a small part of the nearest cache
+
  private:
+  template <int R>
+  static void level(T* z, int64_t n, int64_t h) {
+    for (int64_t i = 0; i < n; i += R * h)
+      for (int64_t j = i; j < i + h; ++j) butterflies<R>(z + j * W, h * W);
+  }
+
   template <class V>
   static void butterfly(V& a, V& b) {
     const V sum = a + b;

@@ -42,6 +42,8 @@ OPERATORS = (
     "squared_rows",
     "covariance",
     "topk",
+    "scan_rows",
+    "scan_codes",
     "linear_nll",
     "linear_stats",
     "linear_maxmean",

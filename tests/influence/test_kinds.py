@@ -196,6 +196,26 @@ def test_srht_rows_are_different_and_orthogonal() -> None:
         Projection(256, 257, "srht")
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 8, 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensor_sketch_of_a_sample_is_its_own(tokens: int, dtype: torch.dtype) -> None:
+    """Whether lanes hold tokens or samples: the bits of a sample alone, and what is not finite stays in it."""
+    op = torch.ops.unlearn_kernels.tensor_sketch
+    a, g = randn(19, tokens, 5, dtype=dtype), randn(19, tokens, 9, dtype=dtype, seed=1)
+    whole = op(a, g, True, 512, 3)
+    for b in (0, 7, 18):
+        assert torch.equal(op(a[b : b + 1], g[b : b + 1], True, 512, 3)[0], whole[b])
+    strided = a.transpose(0, 1).contiguous().transpose(0, 1), g.mT.contiguous().mT
+    assert torch.equal(op(*strided, True, 512, 3), whole)
+    exact = sketches.tensor_sketch(a.double(), g.double(), True, 512, 3)
+    assert relative_error(whole, exact) < (1e-14 if dtype == torch.float64 else 1e-6)
+    a[4, -1, 2] = torch.inf
+    others = torch.arange(19) != 4
+    spoilt = op(a, g, True, 512, 3)
+    assert not spoilt[4].isfinite().all()
+    assert torch.equal(spoilt[others], whole[others])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_tensor_sketch_from_factors(dtype: torch.dtype, bias: bool) -> None:

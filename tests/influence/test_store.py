@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from unlearn_kernels._files import Growing, write
 from unlearn_kernels.influence import GradientStore, StoreError, merge
 from unlearn_kernels.influence._codes import decode, encode
 from unlearn_kernels.influence._shards import Manifest
@@ -231,6 +233,51 @@ def test_one_writer_many_readers(tmp_path: Path) -> None:
         x.zero_()
     assert len(GradientStore.open(tmp_path / "store")) == 17
     assert stored(again)[-2:].abs().max() > 0
+
+
+@pytest.mark.parametrize("file", ["rows.bin", "scales.bin"])
+def test_rows_that_cannot_be_written_leave_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """A disk that is full in the middle of a batch: what came before is whole, what comes after, too."""
+    rows, whole = randn(30, 64), Growing.add
+    store = GradientStore.create(tmp_path / "store", 64, "int8")
+    store.append(rows[:10])
+
+    def full(self: Growing, chunk: object) -> None:
+        whole(self, bytes(chunk)[:100])
+        if Path(self._file.name).name == file:
+            raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Growing, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.append(rows[10:20])
+    store.append(rows[20:])
+    store.close()
+    store = GradientStore.open(tmp_path / "store")
+    store.verify()
+    assert torch.equal(store.ids(), torch.arange(20))
+    kept = torch.cat([rows[:10], rows[20:]])
+    assert (stored(store) - kept).abs().max() <= 1.0001 * 0.5 / 127 * kept.abs().max()
+
+
+@pytest.mark.parametrize("width", [1, 32, 33, 300])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_few_queries_find_what_many_find(tmp_path: Path, dtype: str, width: int) -> None:
+    store = filled(tmp_path, dtype, randn(301, width), block=32)
+    queries = randn(20, width, seed=1)
+    many = store.topk(queries, 301)
+    for count in (1, 3, 4, 8):
+        few = store.topk(queries[:count], 301)
+        there = many.values[:count].gather(1, many.indices[:count].argsort(1))
+        assert relative_error(few.values.gather(1, few.indices.argsort(1)), there) < 1e-6
+
+
+def test_large_rows_are_synchronised_in_parts(tmp_path: Path) -> None:
+    path, content = tmp_path / "file", bytes(range(256)) * (3 << 17)
+    assert write(path, content[: 1 << 26], content[1 << 26 :]) == [len(content), zlib.crc32(content)]
+    assert path.read_bytes() == content
 
 
 WRITER = """

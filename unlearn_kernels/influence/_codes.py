@@ -11,6 +11,7 @@ _LEVELS: Final = {"int8": 127, "int4": 7}
 _FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUERY_LEVELS: Final = 8191
 _AT_ONCE: Final = 1 << 18
+_DOUBLES: Final = 1 << 16
 
 
 class Coded(NamedTuple):
@@ -54,24 +55,30 @@ def encode(x: Tensor, name: str, block: int, generator: torch.Generator | None =
 
 def _encoded(x: Tensor, name: str, block: int, generator: torch.Generator | None) -> Coded:
     levels, count = _LEVELS[name], blocks(name, x.shape[1], block)
-    wide = torch.nn.functional.pad(x.float(), (0, count * block - x.shape[1])).unflatten(1, (count, block))
+    room = count * block - x.shape[1]
+    wide = (torch.nn.functional.pad(x.float(), (0, room)) if room else x.float()).unflatten(1, (count, block))
     scales = wide.abs().amax(2) / levels
     if not bool(scales.isfinite().all()):
         raise ValueError(f"rows must be finite to be stored as {name}")
     # A subnormal scale has no reciprocal: such a block is zero.
     scales[scales < torch.finfo(torch.float32).tiny] = 0
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    dither = 0.5 if generator is None else torch.rand(wide.shape, generator=generator)
     # The conversion to bytes cuts off what is behind the point.
-    codes = (wide * inverse[..., None]).add_(dither).add_(levels + 1).clamp_(1, 2 * levels + 1)
+    codes = wide * inverse[..., None]
+    if generator is None:
+        codes.add_(levels + 1.5)
+    else:
+        codes.add_(torch.rand(wide.shape, generator=generator)).add_(levels + 1).clamp_(1, 2 * levels + 1)
     return Coded(_packed(codes.to(torch.uint8).flatten(1)[:, : x.shape[1]], name), scales.contiguous())
 
 
 def _packed(codes: Tensor, name: str) -> Tensor:
     if name == "int8":
         return codes.contiguous()
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2), value=8)
-    return (even[:, ::2] | even[:, 1::2] << 4).contiguous()
+    odd = codes.shape[1] % 2
+    even = torch.nn.functional.pad(codes, (0, 1), value=8) if odd else codes.contiguous()
+    pairs = even.view(torch.int16)  # the second of two in the upper byte
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
@@ -83,6 +90,18 @@ def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
         rows = torch.stack((rows & 15, rows >> 4), dim=2).flatten(1)[:, :width]
     values = rows.float() - (_LEVELS[name] + 1)
     return values * coded.scales.repeat_interleave(block, dim=1)[:, :width]
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Of the rows (n, D), (n,) float64."""
+    # Some rows at a time, whose doubles stay in cache.
+    step = max(1, _DOUBLES // max(x.shape[1], 1))
+    wide = x.new_empty(min(step, len(x)), x.shape[1], dtype=torch.float64)
+    out = x.new_empty(len(x), dtype=torch.float64)
+    for begin in range(0, len(x), step):
+        part = x[begin : begin + step]
+        torch.sum(wide[: len(part)].copy_(part).square_(), dim=1, out=out[begin : begin + step])
+    return out
 
 
 def query_codes(queries: Tensor) -> tuple[Tensor, Tensor]:

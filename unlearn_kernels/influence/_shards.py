@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _files
-from unlearn_kernels._files import bytes_of, sync_folder, write
+from unlearn_kernels._files import Growing, bytes_of, sync_folder, write
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import Coded
 
@@ -68,36 +68,57 @@ class Manifest:
         return Manifest(**store, shards=shards)
 
 
-@dataclass
-class Batch:
-    """Rows to be written: coded parts, one after the other."""
+class NewShard:
+    """A shard that is being written, in a folder of another name until `finish`."""
 
-    coded: list[Coded]
-    ids: list[Tensor]
-    sqnorms: list[Tensor]
-    metadata: list[Any]
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._temporary = folder / f"{name}.tmp"
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir()
+        self._files = [Growing(self._temporary / file) for file in ("rows.bin", "scales.bin")]
+        self._ids: list[Tensor] = []
+        self._sqnorms: list[Tensor] = []
+        self._metadata: list[Any] = []
 
     def __len__(self) -> int:
-        return sum(len(x) for x in self.ids)
+        return sum(len(x) for x in self._ids)
 
+    @property
+    def bytes(self) -> int:
+        """Of the rows, without what goes with them."""
+        return self._files[0].size
 
-def write_shard(folder: Path, name: str, batch: Batch) -> ShardInfo:
-    """A new shard, complete on disk under its name when this returns."""
-    temporary = folder / f"{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    files = {
-        "rows.bin": write(temporary / "rows.bin", *(bytes_of(x.rows) for x in batch.coded)),
-        "scales.bin": write(temporary / "scales.bin", *(bytes_of(x.scales) for x in batch.coded)),
-        "ids.bin": write(temporary / "ids.bin", *(bytes_of(x) for x in batch.ids)),
-        "sqnorms.bin": write(temporary / "sqnorms.bin", *(bytes_of(x) for x in batch.sqnorms)),
-    }
-    if any(x is not None for x in batch.metadata):
-        files["metadata.json"] = write(temporary / "metadata.json", json.dumps(batch.metadata).encode())
-    sync_folder(temporary)
-    os.rename(temporary, folder / name)
-    sync_folder(folder)
-    return ShardInfo(name, len(batch), files)
+    def add(self, coded: Coded, ids: Tensor, sqnorms: Tensor, metadata: list[Any]) -> None:
+        """Append rows: all of them or, with an exception, none."""
+        before = [(file.size, file.crc) for file in self._files]
+        try:
+            for file, part in zip(self._files, coded, strict=True):
+                file.add(bytes_of(part))
+        except BaseException:
+            for file, (size, crc) in zip(self._files, before, strict=True):
+                file.back_to(size, crc)
+            raise
+        self._ids.append(ids)
+        self._sqnorms.append(sqnorms)
+        self._metadata += metadata
+
+    def finish(self) -> ShardInfo:
+        """Bring it to disk under its name."""
+        rows, scales = (file.finish() for file in self._files)
+        files = {
+            "rows.bin": rows,
+            "scales.bin": scales,
+            "ids.bin": write(self._temporary / "ids.bin", *map(bytes_of, self._ids)),
+            "sqnorms.bin": write(self._temporary / "sqnorms.bin", *map(bytes_of, self._sqnorms)),
+        }
+        if any(x is not None for x in self._metadata):
+            content = json.dumps(self._metadata).encode()
+            files["metadata.json"] = write(self._temporary / "metadata.json", content)
+        sync_folder(self._temporary)
+        os.rename(self._temporary, self.folder / self.name)
+        sync_folder(self.folder)
+        return ShardInfo(self.name, len(self), files)
 
 
 def write_deleted(folder: Path, shard: ShardInfo, rows: Tensor) -> None:
@@ -136,6 +157,10 @@ class Shard:
         keep = torch.ones(self.info.rows, dtype=torch.bool)
         keep[self.deleted] = False
         return keep.nonzero().flatten()
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Rows that are not deleted, counted without those that are."""
+        return rows if self.info.deleted_rows == 0 else torch.searchsorted(self.kept, rows)
 
     def metadata(self) -> list[Any]:
         """What was given with each row, or None."""

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels.influence import _curvature_ops  # noqa: F401  registers the operator
+from unlearn_kernels.influence import (
+    _codes,
+    _curvature_ops,  # noqa: F401  registers the operator
+)
 from unlearn_kernels.reference import curvature
 
 _QUERIES: Final = 16  # up to which the kernel that reads rows once beats three products
@@ -15,7 +18,7 @@ _QUERIES: Final = 16  # up to which the kernel that reads rows once beats three 
 
 def squared_norms(rows: Sequence[Tensor]) -> Tensor:
     """Return squared norms of the rows of each layer, (L, n) float64: what `datainf` takes and a store caches."""
-    return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in rows])
+    return torch.stack([_codes.squared_norms(g) for g in rows])
 
 
 def datainf_damping(rows: Sequence[Tensor], norms: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def datainf(
     Raises:
         ValueError: if shapes do not fit or a damping is not positive.
 
-    Scratch: `4 B * 256 * (n + Q)` a thread and `8 B * Q n * d_l / 256`.
+    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`.
 
     Source: Kwon et al. 2024, arXiv 2310.00902 (DataInf).
     """

@@ -15,14 +15,13 @@ from unlearn_kernels.influence._codes import FORMATS, Format
 from unlearn_kernels.influence._found import Ends, Found, merge, nothing
 from unlearn_kernels.influence._scan import products, scan_shard
 from unlearn_kernels.influence._shards import (
-    Batch,
     Manifest,
+    NewShard,
     Shard,
     ShardInfo,
     clear_unnamed,
     read_store,
     write_deleted,
-    write_shard,
 )
 
 Preconditioner = Tensor | Callable[[Tensor], Tensor]
@@ -46,7 +45,7 @@ class GradientStore:
     def __init__(self, path: Path, lock: IO[str] | None) -> None:
         self.path, self._lock = path, lock
         self._manifest, self._shards = read_store(path)
-        self._pending = Batch([], [], [], [])
+        self._pending: NewShard | None = None
         self._generator: torch.Generator | None = None
         if self._manifest.unbiased:
             self._generator = torch.Generator().manual_seed(self._manifest.next_shard)
@@ -145,6 +144,8 @@ class GradientStore:
     def append(self, rows: Tensor, ids: Tensor | None = None, metadata: Sequence[Any] | None = None) -> None:
         """Take in rows; they are safe on disk after `flush`, or once 256 MB have come together.
 
+        They are written at once, nothing of them is kept in memory but ids, norms and metadata.
+
         Args:
             rows: (n, width), floating-point, on any device.
             ids: (n,) integers; None: numbers on from the rows ever written.
@@ -160,20 +161,18 @@ class GradientStore:
                 f"rows must be (n, {self.width}), floating-point, got {rows.dtype} {tuple(rows.shape)}"
             )
         n, x = len(rows), rows.detach().cpu()
-        written = self._manifest.rows_written + len(self._pending)
+        written = self._manifest.rows_written + (len(self._pending) if self._pending else 0)
         ids = torch.arange(written, written + n) if ids is None else ids.detach().cpu().long()
         if ids.shape != (n,) or (metadata is not None and len(metadata) != n):
             raise ValueError(f"ids and metadata must have {n} elements")
         if n == 0:
             return
         coded = _codes.encode(x, self.dtype, self._manifest.block, self._generator)
-        # What is kept must not change with the caller's tensor.
-        own = coded.rows.clone() if coded.rows.data_ptr() == rows.data_ptr() else coded.rows
-        self._pending.coded.append(coded._replace(rows=own))
-        self._pending.ids.append(ids.clone())
-        self._pending.sqnorms.append(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square())
-        self._pending.metadata.extend([None] * n if metadata is None else metadata)
-        if len(self._pending) * _codes.row_bytes(self.dtype, self.width) >= _SHARD_BYTES:
+        if self._pending is None:
+            self._pending = self._new_shard()
+        notes = [None] * n if metadata is None else list(metadata)
+        self._pending.add(coded, ids.clone(), _codes.squared_norms(x), notes)
+        if self._pending.bytes >= _SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -183,19 +182,19 @@ class GradientStore:
             StoreError: if the store is not open for writing.
         """
         self._writable()
-        if len(self._pending) == 0:
+        if self._pending is None:
             return
-        info = self._write_shard(self._pending)
-        self._manifest.rows_written += len(self._pending)
-        self._pending = Batch([], [], [], [])
+        info = self._pending.finish()
+        self._pending = None
+        self._manifest.rows_written += info.rows
         self._manifest.shards.append(info)
         self._manifest.write(self.path)
         self._shards.append(Shard(self.path, info, self._manifest))
 
-    def _write_shard(self, batch: Batch) -> ShardInfo:
+    def _new_shard(self) -> NewShard:
         name = f"{self._manifest.next_shard:08d}"
         self._manifest.next_shard += 1
-        return write_shard(self.path, name, batch)
+        return NewShard(self.path, name)
 
     def delete(self, ids: Tensor | Sequence[int]) -> int:
         """Take the rows of these ids out of every search; `compact` frees their room. Returns how many there were.
@@ -230,7 +229,7 @@ class GradientStore:
             if shard.info.deleted_rows == 0:
                 kept.append(shard.info)
             elif shard.info.deleted_rows < shard.info.rows:
-                kept.append(self._write_shard(_rest_of(shard)))
+                kept.append(_without_deleted(shard, self._new_shard()))
             if progress is not None:
                 progress(n + 1, len(self._shards))
         old = {shard.info.name for shard in self._shards} - {info.name for info in kept}
@@ -379,8 +378,7 @@ class GradientStore:
         for shard in self._shards:
             found = scan_shard(shard, folded, k, ends)
             for end, (values, rows) in zip(parts, found, strict=True):
-                numbers = torch.searchsorted(shard.kept, rows) + first
-                end.append(Found(values, shard.ids[rows], numbers))
+                end.append(Found(values, shard.ids[rows], shard.numbers(rows) + first))
             first += shard.info.rows - shard.info.deleted_rows
             if progress is not None:
                 progress(first, len(self))
@@ -395,10 +393,11 @@ def _taken(values: list[Any], rows: Tensor) -> list[Any]:
     return [values[i] for i in rows.tolist()]
 
 
-def _rest_of(shard: Shard) -> Batch:
+def _without_deleted(shard: Shard, new: NewShard) -> ShardInfo:
     keep = shard.kept
     coded = _codes.Coded(shard.rows[keep], shard.scales[keep])
-    return Batch([coded], [shard.ids[keep]], [shard.sqnorms[keep]], _taken(shard.metadata(), keep))
+    new.add(coded, shard.ids[keep], shard.sqnorms[keep], _taken(shard.metadata(), keep))
+    return new.finish()
 
 
 __all__ = ["GradientStore", "StoreError"]
