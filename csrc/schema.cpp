@@ -109,9 +109,12 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
       "linear_nll_backward(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor kept, "
       "int ignore_index, float scale, float softcap, bool need_h, bool need_weight) -> (Tensor, Tensor, Tensor)");
   // Gradients of sum(weights * nll) along with nll: what needs the logits once. need_weight asks for the bias's too.
+  // With bounds, one for each of the first dimension, those of (2 / beta) mean_s softplus(-beta (n_s - bounds_s)),
+  // n_s = sum_t weights nll.
   m.def(
       "linear_nll_sweep(Tensor weights, Tensor h, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, "
-      "float scale, float softcap, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale, float softcap, bool need_weight, Tensor? bounds=None, float beta=1.0) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 
   // kind: 0 statistics of rows, 1 distances to a reference, 2 sums of softplus(beta (z - r)). Returns fields (F, *) and
   // the most likely words. No labels: every row counts. ref: (h, weight, bias) of the reference; offset: without one.

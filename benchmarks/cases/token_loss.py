@@ -39,7 +39,7 @@ class Gradients(NamedTuple):
     W: Tensor
 
 
-def _make(B: int, T: int, d: int, V: int, dtype: torch.dtype) -> Callable[[str], Head]:
+def make(B: int, T: int, d: int, V: int, dtype: torch.dtype) -> Callable[[str], Head]:
     def make(device: str) -> Head:
         generator = torch.Generator().manual_seed(0)
         h = testing.randn(B, T, d, dtype=dtype, seed=1, device=device)
@@ -192,7 +192,7 @@ def _mean64(inputs: Head) -> Gradients:
     return Gradients((found.loss * share).sum(), found.h, found.W)
 
 
-def _npo64(inputs: Head) -> Gradients:
+def npo64(inputs: Head) -> Gradients:
     nll = _nll_only64(inputs).requires_grad_()
     value = npo(nll, inputs.reference_nll.double())
     (upstream,) = torch.autograd.grad(value, nll)
@@ -204,7 +204,7 @@ def _nll_only64(inputs: Head) -> Tensor:
     return _gradients64(inputs, torch.zeros_like(inputs.upstream)).loss
 
 
-def _error(_: Head, output: Gradients, reference: Gradients) -> float:
+def error(_: Head, output: Gradients, reference: Gradients) -> float:
     return max(testing.relative_error(got, expected) for got, expected in zip(output, reference, strict=True))
 
 
@@ -248,7 +248,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "linear_nll": _Kind(_nll64, _NLL),
     "linear_nll_mean": _Kind(_mean64, _MEAN),
-    "npo": _Kind(_npo64, _NPO),
+    "npo": _Kind(npo64, _NPO),
 }
 
 
@@ -264,9 +264,9 @@ def _case(
             dtype=dtype,
             flops=6 * B * T * V * d,
             bytes=3 * head + 2 * B * T * d * dtype.itemsize,
-            make=_make(B, T, d, V, dtype),
+            make=make(B, T, d, V, dtype),
             reference=_KINDS[kind].reference,
-            error=_error,
+            error=error,
             providers=_KINDS[kind].providers,
             bound=1e-6 if dtype == torch.float32 else 2.0**-8,
             peer_bound=5e-2,

@@ -51,13 +51,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_nll_backward(const Tensor& grad, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_nll_sweep(const Tensor& weights, const Tensor& h, const Tensor& weight,
                                                             const std::optional<Tensor>& bias, const Tensor& labels,
                                                             int64_t ignore_index, double scale, double softcap,
-                                                            bool need_weight) {
+                                                            bool need_weight, const std::optional<Tensor>& bounds,
+                                                            double beta) {
   check_head("linear_nll", h, weight, bias, labels);
   STD_TORCH_CHECK(weights.numel() == labels.numel() && weights.scalar_type() == result_type(h),
                   "linear_nll_sweep: weights must have the shape of labels and the accumulation type");
   STD_TORCH_CHECK(!need_weight || (weight.scalar_type() == result_type(h) &&
                                    (!bias || bias->scalar_type() == result_type(h))),
                   "linear_nll_sweep: a head in half precision has no gradient here");
+  STD_TORCH_CHECK(!bounds || (labels.dim() > 0 && bounds->dim() == 1 && bounds->size(0) == labels.size(0) &&
+                              bounds->scalar_type() == result_type(h) && beta > 0),
+                  "linear_nll_sweep: bounds must have one value a sequence, in the accumulation type, and beta be positive");
   const Rows rows = kept_rows("linear_nll", h, labels, ignore_index, weight.size(0));
   const Tensor grads = torch::stable::contiguous(weights);
   Tensor nll = torch::stable::new_zeros(h, labels.sizes(), result_type(h));
@@ -66,6 +70,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_nll_sweep(const Tensor& weight
   Tensor d_bias = torch::stable::new_empty(bias ? *bias : weight, {bias && need_weight ? weight.size(0) : 0});
   const LinearHead x = head_of(h, weight, bias, rows, scale, softcap);
   NllSweep p{x, {d_h.mutable_data_ptr()}, grads.const_data_ptr(), nll.mutable_data_ptr()};
+  const Tensor each_bound = bounds ? torch::stable::contiguous(*bounds) : grads;
+  if (bounds && labels.numel() > 0) {
+    p.bounds = each_bound.const_data_ptr();
+    p.sequences = labels.size(0);
+    p.sequence = labels.numel() / labels.size(0);
+    p.beta = beta;
+  }
   if (need_weight) p.gradients.d_weight = d_weight.mutable_data_ptr();
   if (need_weight && bias) p.gradients.d_bias = d_bias.mutable_data_ptr();
   kernels().token_loss.nll_sweep(p, pool_for(6 * logit_work(x)));

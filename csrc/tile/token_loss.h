@@ -29,6 +29,11 @@ struct NllSweep {
   HeadGradients gradients;
   const void* grad;
   void* nll;
+  // Unless null, a number for each sequence of so many positions: gradients are those of
+  // (2 / beta) mean_s softplus(-beta (n_s - bounds_s)), n_s = sum grad nll.
+  const void* bounds = nullptr;
+  int64_t sequences = 0, sequence = 0;
+  double beta = 1;
 };
 
 struct TokenLossKernels {

@@ -81,9 +81,10 @@ class UnlearnMixin:
 
     In a batch without `retain` the second term is left out. `dpo` has `forget` as
     `{"alternate": preferred answers, "original": those to be forgotten}`. The model is called through its wrappers,
-    so that DDP's and FSDP2's hooks run; a head sharded by ZeRO-3 or tensor parallelism, or under an adapter of its
-    own, is refused. With PEFT and no reference given, the reference is the model with its adapters off; otherwise a
-    frozen copy of the model, made with the first loss.
+    so that DDP's and FSDP2's hooks run; a head that ZeRO-3 has partitioned is gathered, and whole until backward; one
+    sharded by tensor parallelism, or under an adapter of its own, is refused. With PEFT and no reference given, the
+    reference is the model with its adapters off; otherwise a frozen copy of the model, made with the first loss, which
+    ZeRO-3's partitions do not allow: give one.
 
     Attributes:
         objective: grad_ascent, npo, tnpo, wtnpo, simnpo, dpo, wga, satimp, undial or ceu, as in
@@ -144,6 +145,10 @@ class UnlearnMixin:
     def _prepare_reference(self, model: Any) -> None:
         bare = getattr(model, "module", model)
         if self.reference is None and not hasattr(bare, "disable_adapter"):
+            if any(hasattr(p, "ds_id") for p in bare.parameters()):
+                raise ValueError(
+                    "reference must be given under ZeRO-3, whose partitions cannot be copied, got None"
+                )
             self.reference = copy.deepcopy(bare).requires_grad_(False).eval()
 
     def _there(self, model: Any, inputs: Inputs) -> HiddenRows:

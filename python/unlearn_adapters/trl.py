@@ -18,6 +18,7 @@ from unlearn_kernels.token_loss import lazy_logits, linear_nll, linear_stats
 
 _before: list[Any] = []
 _NAME = "_ChunkedLogProbFunction"
+_OPTIONAL = "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
 
 Fields = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,11 +36,11 @@ class LogProbs:
         chunk_size: int,
         softcap: float | None,
         logit_scale: float,
-        outputs: tuple[str, ...] = ("log_probs",),
+        outputs: tuple[str, ...] = _OPTIONAL,
     ) -> Fields:
         """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1) of rows (N, d); None for what is not asked.
 
-        TRL applies the scale, then the soft-cap, then the temperature.
+        The first is always there. TRL applies the scale, then the soft-cap, then the temperature.
         """
         cap = None if softcap is None else softcap / temperature
         # No operator has these; and a head that ZeRO-3 gathers is gone when backward would compute logits again.

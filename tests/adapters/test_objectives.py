@@ -1,6 +1,9 @@
 """A Trainer's objectives, against the loss functions of training code with the same models."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +108,59 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="retain must be 'nll' or 'kl', got 'mse'"):
         loss_of("npo", make(), {"forget": peers.batch(0)}, tmp_path, retain="mse")
     assert set(NAMED) < OBJECTIVES.keys()
+
+
+class _Gathered:
+    """deepspeed.zero.GatheredParameters: whole inside, empty outside."""
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        for p in self.parameters:
+            p.data = p.ds_whole
+
+    def __exit__(self, *_):
+        for p in self.parameters:
+            p.data = p.data.new_empty(0)
+
+
+def partition(model: nn.Module) -> None:
+    head = model.lm_head
+    for n, p in enumerate(head.parameters()):
+        p.ds_id, p.ds_whole = n, p.data
+        p.data = p.data.new_empty(0)
+
+
+@pytest.fixture
+def zero3(monkeypatch):
+    deepspeed = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec(
+        "deepspeed", None
+    )  # looked for, and without metadata not taken for installed
+    deepspeed.zero = SimpleNamespace(GatheredParameters=_Gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+
+
+@pytest.mark.parametrize("name", ["npo", "grad_ascent", "undial"])
+def test_a_head_that_zero3_partitions_is_gathered(tmp_path, zero3, name):
+    forget, retain, found = peers.batch(0), peers.batch(1), []
+    for partitioned in (False, True):
+        model, reference = make(), make(1).requires_grad_(False)
+        if partitioned:
+            partition(model)
+            partition(reference)
+        weight = model.lm_head.weight
+        loss = loss_of(name, model, {"forget": forget, "retain": retain}, tmp_path, reference=reference)
+        assert (weight.numel() == 0) == partitioned
+        loss.backward()
+        assert (weight.numel() == 0) == partitioned
+        found.append((loss.detach(), weight.grad, model.model.layers[0].mlp.up_proj.weight.grad))
+    torch.testing.assert_close(*found)
+
+
+def test_zero3_and_no_reference(tmp_path, zero3):
+    model = make()
+    partition(model)
+    with pytest.raises(ValueError, match="reference must be given under ZeRO-3"):
+        loss_of("npo", model, {"forget": peers.batch(0)}, tmp_path)

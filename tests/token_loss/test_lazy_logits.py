@@ -277,10 +277,6 @@ def test_what_cannot_be_lazy_is_refused():
     model.lm_head.forward = lambda h: h
     with pytest.raises(ValueError, match="the head's forward must be its class's"):
         lazy_logits(model)
-    model = make()
-    model.lm_head.weight.ds_id = 0
-    with lazy_logits(model), pytest.raises(ValueError, match="must not be sharded by ZeRO-3"):
-        model(**batch(0))
 
 
 def test_adapters_on_a_body():

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn import functional as F
-from unlearn_kernels.token_loss import linear_nll
+from unlearn_kernels.token_loss import linear_kl, linear_nll, npo
 
 def status(key):
     text = Path("/proc/self/status").read_text()
@@ -39,6 +39,8 @@ calls = {
     "kernels": linear_nll,
     "recomputing": lambda h, W, y: linear_nll(h, W, y, memory_budget=0),
     "mean": lambda h, W, y: linear_nll(h, W, y, reduction="mean").expand(len(y)),
+    "kl": lambda h, W, y: linear_kl(h, W, (h, W), reduction="mean").expand(len(y)),
+    "npo": lambda h, W, y: npo(h.view(4, -1, h.shape[1]), W, y.view(4, -1), torch.zeros(4)).expand(len(y)),
 }
 call = calls[sys.argv[1]]
 step(call, 64, 32, 500)
@@ -63,6 +65,18 @@ def test_peak_is_a_tenth_of_eager() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_a_mean_makes_the_heads_gradient_once() -> None:
     assert _peak("mean", 64, 512, 40000) <= 0.5 * 4 * 512 * 40000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(("loss", "rows", "heads"), [("mean", 128, 1), ("kl", 64, 2), ("npo", 128, 1)])
+def test_the_scratch_of_a_sweep(loss: str, rows: int, heads: int) -> None:
+    N, d, V = 256, 64, 128_256
+    peak, fixed = (
+        _peak(loss, N, d, V),
+        8 << 20,
+    )  # slices of W, a worker's tiles, and what the allocator rounds
+    assert peak <= 0.6 * 4 * N * V
+    assert peak <= 4 * rows * ((2 + 2 * heads) * d + heads * V + V // 24) + fixed
 
 
 def _far_rows(rows: int, columns: int, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 from torch.nn import functional
 
 from unlearn_kernels.testing import assert_as_exact_as, at_threads, randn
-from unlearn_kernels.token_loss import linear_nll
+from unlearn_kernels.token_loss import _sweep, linear_nll, npo, simnpo
 
 MakeHead = Callable[..., Any]
 Head = Any  # conftest.Head
@@ -173,3 +173,57 @@ def test_unknown_reduction(head: MakeHead) -> None:
     x = head((4,), 3, 5)
     with pytest.raises(ValueError, match="reduction must be none, sum or mean, got 'avg'"):
         linear_nll(x.h, x.W, x.labels, reduction="avg")
+
+
+PREFERENCES: dict[str, Callable[..., Tensor]] = {
+    "npo": lambda h, W, y, **o: npo(h, W, y, 9 * torch.arange(len(y)), beta=0.03, **o),
+    "erasus": lambda h, W, y, **o: npo(h, W, y, torch.zeros(len(y)), beta=0.03, dialect="erasus", **o),
+    "simnpo": lambda h, W, y, **o: simnpo(h, W, y, delta=9.0, beta=0.3, **o),
+    "lengths": lambda h, W, y, **o: simnpo(h, W, y, lengths=y.shape[1] * torch.ones(len(y)), **o),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("shape", [((5, 60), 6, 40_001), ((2, 150), 3, 30_011), ((3, 4, 2), 5, 7)], ids=str)
+def test_losses_of_sequences(
+    head: MakeHead, name: str, shape: tuple[tuple[int, ...], int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, loss = head(*shape, torch.float64), PREFERENCES[name]
+    leaves = x.leaves()
+
+    def found(**options: Any) -> list[Tensor]:
+        value = loss(*leaves[:2], x.labels, bias=leaves[2], softcap=20.0, **options)
+        return [value.detach(), *torch.autograd.grad(-3 * value, leaves)]
+
+    torch.testing.assert_close(found(), found(backend="reference"), rtol=1e-9, atol=1e-12)
+    one, *others = at_threads((1, 2, 4), found)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
+    monkeypatch.setattr(_sweep, "sequence_preference", None)
+    torch.testing.assert_close(found(memory_budget=0), one)
+    with pytest.raises(TypeError):
+        found()
+
+
+def test_losses_of_sequences_that_are_not_swept(head: MakeHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweep, "sequence_preference", None)
+    x, r = head((3, 5), 4, 11, bias=False), torch.zeros(3)
+    h, W = x.leaves()
+    npo(h, W.detach(), x.labels, r)
+    npo(h.detach(), W, x.labels, r)
+    npo(h[:1], W, x.labels[:1], r[:1])
+    npo(h, W, x.labels, r.clone().requires_grad_())
+    npo(h, W.bfloat16(), x.labels, r)
+    npo(h, W, x.labels, r, memory_budget=4 * 5 * 11 - 1)
+    with torch.no_grad():
+        npo(h, W, x.labels, r)
+
+
+def test_a_sequence_without_labels_is_none_of_simnpos(head: MakeHead) -> None:
+    x = head((3, 5), 4, 11, bias=False, ignored=0.0)
+    x.labels[1] = -100
+    leaves = x.leaves()
+    swept, recomputed = (simnpo(*leaves, x.labels, memory_budget=budget) for budget in (None, 0))
+    assert swept.isnan()
+    assert recomputed.isnan()
+    for ours, other in zip(*(torch.autograd.grad(v, leaves) for v in (swept, recomputed)), strict=True):
+        torch.testing.assert_close(ours, other, equal_nan=True)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
@@ -81,6 +82,21 @@ def linear_nll_backward(
     return d_h, d_weight, d_bias
 
 
+def preference(weights: Tensor, nll: Tensor, bounds: Tensor, beta: float) -> Tensor:
+    """`-(2 / beta) mean_s log sigmoid(beta (n_s - bounds_s))`, `n_s = sum_t weights nll`: NPO's and SimNPO's."""
+    return -2 / beta * functional.logsigmoid(beta * _above(weights, nll, bounds)).mean()
+
+
+def preference_slopes(weights: Tensor, nll: Tensor, bounds: Tensor, beta: float) -> Tensor:
+    """The gradient of `preference` to `nll`."""
+    factors = torch.sigmoid(-beta * _above(weights, nll, bounds)) * (-2 / max(len(bounds), 1))
+    return weights * factors.view(-1, *[1] * (nll.dim() - 1))
+
+
+def _above(weights: Tensor, nll: Tensor, bounds: Tensor) -> Tensor:
+    return (weights * nll).flatten(1).sum(1) - bounds if nll.dim() > 1 else weights * nll - bounds
+
+
 def linear_nll_sweep(
     weights: Tensor,
     h: Tensor,
@@ -91,11 +107,14 @@ def linear_nll_sweep(
     scale: float,
     softcap: float,
     need_weight: bool,
+    bounds: Tensor | None = None,
+    beta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The negative log-likelihoods, and the gradients of their sum with these weights."""
+    """The negative log-likelihoods, and the gradients of their sum with these weights, or of `preference` of them."""
     settings = ignore_index, scale, softcap
     nll, lse, kept = linear_nll_forward(h, weight, bias, labels, *settings)
+    slopes = weights if bounds is None else preference_slopes(weights, nll, bounds, beta)
     d_h, d_weight, d_bias = linear_nll_backward(
-        weights, h, weight, bias, labels, lse, kept, *settings, True, need_weight
+        slopes, h, weight, bias, labels, lse, kept, *settings, True, need_weight
     )
     return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0]

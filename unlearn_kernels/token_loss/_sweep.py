@@ -1,7 +1,8 @@
 """Gradients of `linear_nll` that are made along with it, where what multiplies them is known in advance.
 
-A sum or mean over the tokens has one unknown factor, and a frozen head leaves `d_h`, whose rows have a factor each.
-In both cases one product for the logits is enough, and backward only scales.
+A sum or mean over the tokens has one unknown factor, and a frozen head leaves `d_h`, whose rows have a factor each. NPO
+and SimNPO of whole sequences have theirs once the logits of a sequence were seen. One product for the logits is
+enough, and backward only scales.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from unlearn_kernels import _loader, _ops
 from unlearn_kernels.reference.dtypes import accumulation_dtype
+from unlearn_kernels.reference.token_loss import preference
 from unlearn_kernels.token_loss._autograd import fake_gradients, one_by_one, refuse
 
 SWEEP: Final = _ops.raw("linear_nll_sweep")
@@ -20,20 +22,23 @@ Swept = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class NllAndGradients(torch.autograd.Function):
-    """(weights, h, weight, bias, labels, ignore_index, scale, softcap, need_weight) -> (result, *gradients).
+    """(weights, h, weight, bias, labels, ignore_index, scale, softcap, need_weight, bounds, beta) -> (result, *found).
 
-    With `need_weight` the result is sum(weights * nll), otherwise nll, of a head that takes no gradient.
+    With `need_weight` the result is sum(weights * nll), or with bounds `preference` of it; otherwise nll, of a head
+    that takes no gradient.
     """
 
     @staticmethod
     def forward(*args: Any) -> Swept:
         nll, *gradients = SWEEP(*args)
-        weights, need_weight = args[0], args[-1]
+        weights, (need_weight, bounds, beta) = args[0], args[8:]
+        if bounds is not None:
+            return preference(weights, nll, bounds, beta), *gradients
         return (weights * nll).sum() if need_weight else nll, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
-        ctx.need_weight = inputs[-1]
+        ctx.need_weight = inputs[8]
         ctx.mark_non_differentiable(*output[1:])
         # Or backward would be handed zeros of the size of the head for the gradient of `d_weight`.
         ctx.set_materialize_grads(False)
@@ -43,12 +48,12 @@ class NllAndGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
         if grad is None:
-            return (None,) * 9
+            return (None,) * 11
         scaled = scaled_eagerly if torch.compiler.is_compiling() else Scaled.apply
         if not ctx.need_weight:
-            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 7
+            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 9
         d_h, d_weight, d_bias = (scaled(grad, x, *inputs) for x in (d_h, d_weight, d_bias))
-        return None, d_h, d_weight, None if inputs[2] is None else d_bias, *[None] * 5
+        return None, d_h, d_weight, None if inputs[2] is None else d_bias, *[None] * 7
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Swept, tuple[int, ...]]:
@@ -93,13 +98,18 @@ def _graph_is_kept() -> bool:
 
 def weighted_total(weights: Tensor, h: Tensor, *args: Any) -> Tensor:
     """sum(weights * nll), its gradients in hand."""
-    return NllAndGradients.apply(weights, h, *args, True)[0]
+    return NllAndGradients.apply(weights, h, *args, True, None, 1.0)[0]
+
+
+def sequence_preference(weights: Tensor, bounds: Tensor, beta: float, h: Tensor, *args: Any) -> Tensor:
+    """`reference.preference` of whole sequences, its gradients in hand."""
+    return NllAndGradients.apply(weights, h, *args, True, bounds, beta)[0]
 
 
 def frozen_nll(h: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *settings: Any) -> Tensor:
     """nll of a head that takes no gradient, d_h in hand."""
     ones = torch.ones(labels.shape, dtype=accumulation_dtype(h), device=h.device)
-    return NllAndGradients.apply(ones, h, weight, bias, labels, *settings, False)[0]
+    return NllAndGradients.apply(ones, h, weight, bias, labels, *settings, False, None, 1.0)[0]
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -122,6 +132,8 @@ def _fake(
     scale: float,
     softcap: float,
     need_weight: bool,
+    bounds: Tensor | None = None,
+    beta: float = 1.0,
 ) -> Swept:
     nll = h.new_empty(labels.shape, dtype=accumulation_dtype(h))
     gradients = fake_gradients(h, weight, bias, True, need_weight, bias is not None and need_weight)

@@ -3,6 +3,7 @@ r"""Negative log-likelihoods of a linear head: `nll_t = logsumexp_v z_tv - z_{t,
 from typing import Final, Literal
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
@@ -12,12 +13,15 @@ from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss import _sweep
 from unlearn_kernels.token_loss._autograd import LinearNll
 from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits
+from unlearn_kernels.token_loss._options import NllOptions
 
 Reduction = Literal["none", "sum", "mean"]
 # Bytes of logits kept for backward unless the caller says otherwise, and their greatest share of all logits: memory
 # stays constant in tokens, and with what backward itself takes below 0.6 of the logits.
 _KEPT_BYTES: Final = 64 << 20
-_KEPT_SHARE: Final = 0.3
+_KEPT_SHARE: Final = 0.35
+# Bytes of logits of one sequence up to which a loss of sequences holds them, unless the caller says otherwise.
+_SEQUENCE_BYTES: Final = 1 << 30
 
 
 def _kernels(
@@ -53,6 +57,49 @@ def _room(h: Tensor, weight: Tensor, memory_budget: int | None) -> int:
         return rows + min(_KEPT_BYTES // size, int(_KEPT_SHARE * rows * vocabulary))
     # Rows of the store are padded, and so is the vocabulary.
     return rows + min(memory_budget // size, (rows + 64) * (vocabulary + 256))
+
+
+def swept_preference(
+    h: Tensor,
+    W: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    bounds: Tensor,
+    beta: float,
+    **options: Unpack[NllOptions],
+) -> Tensor | None:
+    """`reference.preference` of sequences, its gradients made along with it; None where that does not fit.
+
+    It holds the logits of whole sequences, and gives nothing to a head that takes no gradient or is in half precision.
+    """
+    bias, ignore_index = options.get("bias"), options.get("ignore_index", -100)
+    check_head(h, W, bias)
+    check_labels(h, labels)
+    settings = check_logits(options.get("scale", 1.0), options.get("softcap"))
+    head = (W,) if bias is None else (W, bias)
+    chosen = select("linear_nll", options.get("backend"), (h, *head))
+    trained = _sweep.wants_gradient(h) and _sweep.wants_gradient(*head)
+    if chosen is not _kernels or not trained or _sweep.wants_gradient(weights, bounds):
+        return None
+    if not _sweep.in_accumulation_type(head) or not _holds_sequences(h, W, labels, options):
+        return None
+    weights, bounds = (x.to(accumulation_dtype(h)) for x in (weights, bounds))
+    try:
+        return _sweep.sequence_preference(
+            weights, bounds, beta, h, W, bias, labels.long(), ignore_index, *settings
+        )
+    except (RuntimeError, IndexError):
+        check_range("labels", labels, W.shape[0], ignore_index)
+        raise
+
+
+def _holds_sequences(h: Tensor, W: Tensor, labels: Tensor, options: NllOptions) -> bool:
+    """Whether the logits of one sequence fit the budget, and are no more than half of all."""
+    if len(labels) < 2 or labels.numel() == 0:
+        return False
+    budget = options.get("memory_budget")
+    size = accumulation_dtype(h).itemsize * W.shape[0] * (labels.numel() // len(labels))
+    return size <= (_SEQUENCE_BYTES if budget is None else budget)
 
 
 def _reference(
@@ -138,7 +185,7 @@ def linear_nll(
         scale: what multiplies the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: Gemma-2's `final_logit_softcapping`, above 0.
         memory_budget: bytes of logits that may be kept for backward where it would compute them again; by
-            default 64 MiB, and 0.3 of the logits at most. On a GPU none are kept.
+            default 64 MiB, and 0.35 of the logits at most. On a GPU none are kept.
         reduction: "none"; "sum"; or "mean", over the rows that count (NaN if there are none, as in PyTorch).
         backend: see `unlearn_kernels.use_backend`.
 
@@ -153,8 +200,9 @@ def linear_nll(
         RuntimeError: if a gradient is differentiated again.
 
     Scratch on the CPU for N rows that count, in elements of the accumulation type: `N d + N V / 96` forward;
-    `3 N d`, a block of logits, 8 MB or N x 384, and what the budget keeps, backward; in one sweep `3 N d` and the
-    logits of N / 6 rows (8 MB or 64 rows if that is more); V with a bias; under 1 MB a thread.
+    `3 N d`, a block of logits, 8 MB or N x 384, 4 MB of `W`, and what the budget keeps, backward; in one sweep of R
+    rows at a time `R (3 d + V)` and 4 MB of `W`; V with a bias; under 1 MB a thread. R is the largest of N / 6 (at
+    most 512), 128 (at most N / 2), 64, and what 8 MB hold, in equal parts of whole registers.
 
     Sources: Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009); Hsu et al. 2024 (Liger Kernel,
     arXiv 2410.10989).

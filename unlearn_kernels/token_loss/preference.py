@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Unpack
 
+from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss._options import (
     NllOptions,
     by_sequence,
@@ -18,7 +19,7 @@ from unlearn_kernels.token_loss._options import (
 from unlearn_kernels.token_loss._public import Reference
 from unlearn_kernels.token_loss.distances import linear_softplus
 from unlearn_kernels.token_loss.likelihood import Pair
-from unlearn_kernels.token_loss.linear import linear_nll
+from unlearn_kernels.token_loss.linear import linear_nll, swept_preference
 
 
 def npo(
@@ -63,7 +64,9 @@ def npo(
         ValueError: if shapes, devices or dtypes do not fit, beta is not positive, the dialect is unknown or lacks its
             reference.
 
-    Scratch: that of `linear_nll`; muse: of `linear_softplus`.
+    Scratch: that of `linear_nll`; muse: of `linear_softplus`. Where one of two or more sequences has at most 1 GiB of
+    logits, or `memory_budget`, and the head takes a gradient in float32 or float64, whole sequences are held, as many
+    as there are rows in one of its sweeps, and FLOPs are those of the sweep: 6 N d V.
 
     Source: Zhang et al. 2024 (arXiv 2404.05868), equation 3, as in its code and in open-unlearning; SOUL's and
     muse_bench's `NPO.py` and `iterative.py`.
@@ -77,6 +80,10 @@ def npo(
     if reference_nll is None:
         raise ValueError(f"reference_nll must be given for {dialect}, got None")
     check_sequences("reference_nll", reference_nll, labels)
+    if dialect != "soul":
+        found = swept_preference(h, W, labels, torch.ones_like(labels), reference_nll, beta, **options)
+        if found is not None:
+            return found if dialect == "open_unlearning" else beta / 2 * found
     nll = linear_nll(h, W, labels, **options)
     n, r = by_sequence(nll), reference_nll.to(nll.dtype)
     if dialect == "soul":
@@ -125,7 +132,7 @@ def simnpo(
     Raises:
         ValueError: if shapes, devices or dtypes do not fit, beta is not positive, or the dialect is unknown.
 
-    Scratch: that of `linear_nll`; muse: of `linear_softplus`.
+    Scratch and FLOPs: those of `npo`.
 
     Source: Fan et al. 2024 (SimNPO, arXiv 2410.07163); open-unlearning; Unlearn-Simple's WMDP and MUSE folders.
     """
@@ -133,14 +140,21 @@ def simnpo(
     check_dialect(dialect, ("open_unlearning", "wmdp", "muse"))
     if dialect == "muse":
         return _on_logits(h, W, beta, -delta, None, options)
-    nll, counts = linear_nll(h, W, labels, **options), counting(labels, options)
+    counts = counting(labels, options)
     if dialect == "wmdp":
+        nll = linear_nll(h, W, labels, **options)
         return -2 / beta * functional.logsigmoid(beta * (nll.sum() / counts.sum() - delta))
-    n, size = by_sequence(nll), by_sequence(counts.to(torch.int64))
+    size = by_sequence(counts.to(torch.int64))
     if lengths is not None:
         check_sequences("lengths", lengths, labels)
         size = lengths
-    present = size != 0
+    if not fixed:
+        share = 1 / size.to(accumulation_dtype(h))
+        shares = share.view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
+        found = swept_preference(h, W, labels, shares, torch.full_like(share, delta), beta, **options)
+        if found is not None:
+            return found
+    n, present = by_sequence(linear_nll(h, W, labels, **options)), size != 0
     mean = n / torch.where(present, size, 1) if fixed else n / size
     terms = functional.logsigmoid(beta * (mean - delta))
     if fixed:

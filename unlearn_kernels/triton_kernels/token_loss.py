@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unlearn_kernels.reference.token_loss import preference_slopes
 from unlearn_kernels.triton_kernels.aot import DTYPES, AotCase
 from unlearn_kernels.triton_kernels.common import (
     Tile,
@@ -374,12 +375,15 @@ def linear_nll_sweep(
     scale: float,
     softcap: float,
     need_weight: bool,
+    bounds: Tensor | None = None,
+    beta: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw operator: both directions one after the other, which on this device costs the logits twice."""
     settings = ignore_index, scale, softcap
     nll, lse, kept = linear_nll_forward(h, weight, bias, labels, *settings, 0)
+    slopes = weights if bounds is None else preference_slopes(weights, nll, bounds, beta)
     d_h, d_weight, d_bias = linear_nll_backward(
-        weights, h, weight, bias, labels, lse, kept, *settings, True, need_weight
+        slopes, h, weight, bias, labels, lse, kept, *settings, True, need_weight
     )
     return nll, d_h, d_weight, d_bias if need_weight else d_bias[:0].clone()
 

@@ -53,14 +53,16 @@ def check(arguments: tuple, **needs: Any) -> None:
         assert_as_exact_as(name, *tensors)
 
 
+@pytest.mark.parametrize("bounds", [None, torch.tensor([1.0, 9.0])], ids=["sum", "preference"])
 @pytest.mark.parametrize("need_weight", [True, False])
-def test_sweep(need_weight: bool) -> None:
+def test_sweep(need_weight: bool, bounds: Tensor | None) -> None:
     arguments = make((2, 5), 7, 11)
-    weights = randn(2, 5, seed=4)
+    weights, settings = randn(2, 5, seed=4), (1.0, 0.0, need_weight)
     actual, eager = (
-        m.linear_nll_sweep(weights, *arguments, 1.0, 0.0, need_weight) for m in (kernels, reference)
+        m.linear_nll_sweep(weights, *arguments, *settings, bounds, 0.5) for m in (kernels, reference)
     )
-    exact = reference.linear_nll_sweep(weights.double(), *doubled(arguments), 1.0, 0.0, need_weight)
+    bounds = None if bounds is None else bounds.double()
+    exact = reference.linear_nll_sweep(weights.double(), *doubled(arguments), *settings, bounds, 0.5)
     for name, *tensors in zip(("nll", "d_h", "d_weight", "d_bias"), actual, exact, eager, strict=True):
         assert_as_exact_as(name, *tensors)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_kernels.token_loss._models import head_of, unwrapped
+from unlearn_kernels.token_loss.lazy.gathered import whole
 from unlearn_kernels.token_loss.lazy.handle import lazy
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
@@ -22,8 +23,8 @@ class LazyHead:
         head: Any = self
         if torch.compiler.is_compiling() or _one_row(h) or h.device.type not in ("cpu", "cuda"):
             return super().forward(h)  # type: ignore[misc]
-        W, bias = head.weight, head.bias
-        _check_whole(W)
+        _check_whole(head.weight)
+        W, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         device = h.device.type
         if torch.is_autocast_enabled(device) and h.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -45,10 +46,6 @@ def _one_row(h: Tensor) -> bool:
 
 
 def _check_whole(W: Tensor) -> None:
-    if hasattr(W, "ds_id"):
-        raise ValueError(
-            "the head must not be sharded by ZeRO-3, got a partitioned weight: gather it around the loss"
-        )
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is not None and isinstance(W, tensor.DTensor):
         raise ValueError(
@@ -76,7 +73,8 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
     Logits are plain where they are small or no loss follows: one position a sequence, as in `generate()`, and
     while `torch.compile` traces the head (compile the body alone, `model.model.compile()`, and losses still fold).
     Under autocast the head runs in the lower type, as it does otherwise. Under DDP and FSDP2 hooks see the hidden
-    states; a head that is sharded on its own, by tensor parallelism or by ZeRO-3 is refused.
+    states; under ZeRO-3 the handle holds a whole copy of the head until backward; a head that is sharded on its own or
+    by tensor parallelism is refused.
 
     Args:
         model: with `get_output_embeddings()`, such as those of transformers, or wrapped (`module`). A soft-cap and a
