@@ -149,7 +149,8 @@ def project_elements(
     found = act(table, numbering, total, numbers, seed, ElementRule.of(rule, options, flags))
     copy_back(forget, made[0])
     sizes = torch.tensor([max(x.numel(), 1) for x in forget], dtype=torch.float64)
-    return found / sizes.to(numbers.device, non_blocking=True)
+    rates = found / sizes.to(numbers.device, non_blocking=True)
+    return rates if total is None else rates + (0 * total).sum()  # NaN for tensors without elements too
 
 
 def _case(
