@@ -54,9 +54,10 @@ class Growing:
         self.size, self.crc, self._started = size, crc, min(self._started, size)
 
     def finish(self) -> list[int]:
-        """Size and checksum; on disk when it returns."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Size and checksum; on disk when it returns. May be called again."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
         return [self.size, self.crc]
 
 

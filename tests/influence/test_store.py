@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -235,24 +237,33 @@ def test_one_writer_many_readers(tmp_path: Path) -> None:
     assert stored(again)[-2:].abs().max() > 0
 
 
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> Iterator[None]:
+    """Files of this name take 100 bytes."""
+    whole = Growing.add
+
+    def full(self: Growing, chunk: object) -> None:
+        if Path(self._file.name).name != file:
+            return whole(self, chunk)
+        whole(self, bytes(chunk)[:100])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Growing, "add", full)
+        yield
+
+
 @pytest.mark.parametrize("file", ["rows.bin", "scales.bin"])
 def test_rows_that_cannot_be_written_leave_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     """A disk that is full in the middle of a batch: what came before is whole, what comes after, too."""
-    rows, whole = randn(30, 64), Growing.add
+    rows = randn(30, 64)
     store = GradientStore.create(tmp_path / "store", 64, "int8")
     store.append(rows[:10])
 
-    def full(self: Growing, chunk: object) -> None:
-        whole(self, bytes(chunk)[:100])
-        if Path(self._file.name).name == file:
-            raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Growing, "add", full)
-        with pytest.raises(OSError, match="No space left"):
-            store.append(rows[10:20])
+    with full_disk(monkeypatch, file), pytest.raises(OSError, match="No space left"):
+        store.append(rows[10:20])
     store.append(rows[20:])
     store.close()
     store = GradientStore.open(tmp_path / "store")
@@ -260,6 +271,25 @@ def test_rows_that_cannot_be_written_leave_no_trace(
     assert torch.equal(store.ids(), torch.arange(20))
     kept = torch.cat([rows[:10], rows[20:]])
     assert (stored(store) - kept).abs().max() <= 1.0001 * 0.5 / 127 * kept.abs().max()
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "sqnorms.bin", "manifest.json.tmp"])
+@pytest.mark.parametrize("go_on", [True, False])
+def test_a_flush_that_failed_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, go_on: bool
+) -> None:
+    rows = randn(30, 64)
+    store = GradientStore.create(tmp_path / "store", 64, "float32")
+    store.append(rows[:20])
+    with full_disk(monkeypatch, file), pytest.raises(OSError, match="No space left"):
+        store.flush()
+    if go_on:
+        store.append(rows[20:])
+    store.close()
+    store = GradientStore.open(tmp_path / "store")
+    store.verify()
+    assert torch.equal(stored(store), rows if go_on else rows[:20])
+    assert torch.equal(store.ids(), torch.arange(len(store)))
 
 
 @pytest.mark.parametrize("width", [1, 32, 33, 300])

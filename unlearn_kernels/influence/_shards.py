@@ -80,6 +80,8 @@ class NewShard:
         self._ids: list[Tensor] = []
         self._sqnorms: list[Tensor] = []
         self._metadata: list[Any] = []
+        self._finished: ShardInfo | None = None
+        self.closed = False  # takes no more rows
 
     def __len__(self) -> int:
         return sum(len(x) for x in self._ids)
@@ -104,7 +106,10 @@ class NewShard:
         self._metadata += metadata
 
     def finish(self) -> ShardInfo:
-        """Bring it to disk under its name."""
+        """Bring it to disk under its name. After an exception it may be tried again."""
+        if self._finished is not None:
+            return self._finished
+        self.closed = True
         rows, scales = (file.finish() for file in self._files)
         files = {
             "rows.bin": rows,
@@ -117,8 +122,9 @@ class NewShard:
             files["metadata.json"] = write(self._temporary / "metadata.json", content)
         sync_folder(self._temporary)
         os.rename(self._temporary, self.folder / self.name)
+        self._finished = ShardInfo(self.name, len(self), files)
         sync_folder(self.folder)
-        return ShardInfo(self.name, len(self), files)
+        return self._finished
 
 
 def write_deleted(folder: Path, shard: ShardInfo, rows: Tensor) -> None:

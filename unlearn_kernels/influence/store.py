@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Final
@@ -168,6 +169,8 @@ class GradientStore:
         if n == 0:
             return
         coded = _codes.encode(x, self.dtype, self._manifest.block, self._generator)
+        if self._pending is not None and self._pending.closed:
+            self.flush()
         if self._pending is None:
             self._pending = self._new_shard()
         notes = [None] * n if metadata is None else list(metadata)
@@ -184,12 +187,12 @@ class GradientStore:
         self._writable()
         if self._pending is None:
             return
-        info = self._pending.finish()
-        self._pending = None
-        self._manifest.rows_written += info.rows
-        self._manifest.shards.append(info)
-        self._manifest.write(self.path)
-        self._shards.append(Shard(self.path, info, self._manifest))
+        info, known = self._pending.finish(), self._manifest
+        # Taken over once it is on disk: after an exception, the next call tries again.
+        manifest = replace(known, rows_written=known.rows_written + info.rows, shards=[*known.shards, info])
+        manifest.write(self.path)
+        self._manifest, self._pending = manifest, None
+        self._shards.append(Shard(self.path, info, manifest))
 
     def _new_shard(self) -> NewShard:
         name = f"{self._manifest.next_shard:08d}"
