@@ -3,11 +3,12 @@
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from unlearn_kernels import _loader
 
@@ -39,3 +40,19 @@ def on_the_host(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
         getattr(emulated, kernel)((ctypes.c_int64 * len(arguments))(*arguments))
 
     monkeypatch.setattr(native, "launch", launch)
+
+
+@pytest.fixture
+def same_backwards(emulated: ctypes.CDLL) -> Callable[[Callable[[], Sequence[Tensor]]], None]:
+    """Asserts that the order in which threads and blocks run shows in no bit of what a function gives."""
+
+    def check(run: Callable[[], Sequence[Tensor]]) -> None:
+        first = run()
+        emulated.run_backwards(1)
+        try:
+            second = run()
+        finally:
+            emulated.run_backwards(0)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    return check

@@ -1,6 +1,5 @@
 """`project_conflict_` in CUDA C++: every rule and scope against float64, and single elements against the reference."""
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -205,9 +204,7 @@ def test_elements_without_a_sign() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def test_no_thread_waits_for_another_between_barriers(emulated: ctypes.CDLL) -> None:
-    """Then the order in which threads and blocks run shows in no bit."""
-
+def test_no_thread_waits_for_another_between_barriers(same_backwards) -> None:
     def run() -> list[Tensor]:
         found: list[Tensor] = []
         clipped = list(rules.Options(1.5, 0.7, max_norm=3.0, leak_retain=0.5))
@@ -217,8 +214,4 @@ def test_no_thread_waits_for_another_between_barriers(emulated: ctypes.CDLL) -> 
             found += [*surgery.project_conflict_(forget, retain, rule, scope, [], clipped, skip, 9), *forget]
         return found
 
-    first = run()
-    emulated.run_backwards(1)
-    second = run()
-    emulated.run_backwards(0)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    same_backwards(run)

@@ -1,6 +1,5 @@
 """Streaming search in CUDA C++: exact, ties by index."""
 
-import ctypes
 import math
 
 import pytest
@@ -129,7 +128,7 @@ def test_nothing() -> None:
 
 
 def test_no_thread_waits_for_another_between_barriers(
-    emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    same_backwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The places of keys in a list depend on the order of threads, the best of them do not."""
     monkeypatch.setattr(influence, "_LEAST_ROWS", 1)
@@ -142,8 +141,4 @@ def test_no_thread_waits_for_another_between_barriers(
                 found += influence.topk(queries, rows, k, True)
         return found
 
-    first = run()
-    emulated.run_backwards(1)
-    second = run()
-    emulated.run_backwards(0)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    same_backwards(run)

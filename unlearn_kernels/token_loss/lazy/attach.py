@@ -73,8 +73,8 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
     Logits are plain where they are small or no loss follows: one position a sequence, as in `generate()`, and
     while `torch.compile` traces the head (compile the body alone, `model.model.compile()`, and losses still fold).
     Under autocast the head runs in the lower type, as it does otherwise. Under DDP and FSDP2 hooks see the hidden
-    states; under ZeRO-3 the handle holds a whole copy of the head until backward; a head that is sharded on its own or
-    by tensor parallelism is refused.
+    states; under ZeRO-3 the handle holds a whole copy of the head until `backward()` (`autograd.grad` would leave the
+    parameter gathered); a head that is sharded on its own or by tensor parallelism is refused.
 
     Args:
         model: with `get_output_embeddings()`, such as those of transformers, or wrapped (`module`). A soft-cap and a
