@@ -23,8 +23,8 @@ from unlearn_kernels._samples import SAMPLES, results
 from unlearn_kernels.triton_kernels import aot
 from unlearn_kernels.triton_kernels.dry_run import Launch, launches
 
-# Whole models run the operators of the other cases; the product core has no GPU side.
-_NOT_KERNELS = ("per_sample.model", "tile_engine")
+# Whole models run the operators of the other cases; the product core has no GPU side; a store looks up what it found.
+_NOT_KERNELS = ("per_sample.model", "tile_engine", "influence.GradientStore")
 
 
 def of_samples(capability: int) -> dict[str, Launch]:

@@ -21,7 +21,7 @@ from unlearn_kernels.testing import assert_as_exact_as, randn
 
 pytestmark = pytest.mark.skipif(not _loader.have_C, reason="the extension is not built")
 ROOT = Path(__file__).parents[1]
-NOT_OPERATORS = {"isa", "find_clash", "datainf_scores", "cholesky_update", "scan_rows", "scan_codes"}
+NOT_OPERATORS = {"isa", "find_clash", "datainf_scores", "cholesky_update"}
 
 Arguments = tuple[Any, ...]
 OPERATORS = pytest.mark.parametrize("operator", REGISTRY.values(), ids=list(REGISTRY))
@@ -44,6 +44,11 @@ def linear_nll_sweep() -> Arguments:
     return randn(len(arguments[0]), seed=3), *arguments, True
 
 
+def scan_rows() -> Arguments:
+    queries, rows, k, _ = sample("topk")
+    return queries, rows, k, 3
+
+
 def linear_rows() -> Arguments:
     return sample("linear_kl")[:-2]
 
@@ -59,8 +64,9 @@ def linear_rows_sweep() -> Arguments:
     return torch.ones_like(raw("linear_rows_forward")(*arguments)[0]), *arguments, True
 
 
-# Raw operators that a public one is made of: the others take its sample.
+# Raw operators that a public one is made of, or that have no reference: the others take its sample.
 PARTS = {
+    "scan_rows": scan_rows,
     "linear_nll_forward": lambda: (*sample("linear_nll"), 60),
     "linear_nll_backward": linear_nll_backward,
     "linear_nll_sweep": linear_nll_sweep,
@@ -119,6 +125,8 @@ EMPTIED = {
     "squared_rows": (0,),
     "covariance": (0,),
     "topk": (0,),
+    "scan_rows": (0,),
+    "scan_codes": (0, 1),
     "linear_nll_forward": (0, 3),
     "linear_nll_backward": (0, 1, 4, 5),
     "linear_nll_sweep": (0, 1, 4),

@@ -194,6 +194,13 @@ def _topk(dtype: torch.dtype, device: str) -> Arguments:
     return randn(2, 9, dtype=dtype, device=device), randn(30, 9, dtype=dtype, seed=1, device=device), 4, True
 
 
+def _scan_codes(dtype: torch.dtype, device: str) -> Arguments:
+    codes = (torch.arange(2 * 9).view(2, 9) * 7919 % 16383 - 8191).to(torch.int16)
+    rows = (torch.arange(30 * 5).view(30, 5) * 37 % 256).to(torch.uint8)
+    scales = randn(30, 3, seed=1).square() + 0.5
+    return *(x.to(device) for x in (codes, torch.tensor([0.5, 1.5]), rows, scales)), 4, 4, True, 3
+
+
 def _linear_nll(dtype: torch.dtype, device: str) -> Arguments:
     h, weight = randn(6, 8, dtype=dtype, device=device), randn(11, 8, dtype=dtype, seed=1, device=device)
     bias, labels = randn(11, dtype=dtype, seed=2, device=device), torch.tensor([0, 10, 3, -100, 5, 5])
@@ -281,6 +288,7 @@ SAMPLES: Final[dict[str, Maker]] = {
     "squared_rows": _matrix,
     "covariance": _matrix,
     "topk": _topk,
+    "scan_codes": _scan_codes,
     "linear_nll": _linear_nll,
     "linear_stats": _rows(0, 4.0),
     "linear_maxmean": _rows(0, 0.0),

@@ -118,21 +118,21 @@ def _faiss_top(x: Search) -> Call:
     return Call(faiss.search(x.queries, x.rows, x.k))
 
 
-def _exact(x: Search) -> Both:
+def _exact(x: Search | Codes) -> Both:
     """Of the rows as they were given, in float64."""
     queries = x.queries.double()
     scores = torch.cat([queries @ part.double().T for part in x.rows.split(_CHUNK)], 1)
     return Both(*torch.topk(scores, x.k), *torch.topk(scores, x.k, largest=False))
 
 
-def _taken(x: Search, values: Tensor, indices: Tensor, exact: Tensor) -> float:
+def _taken(x: Search | Codes, values: Tensor, indices: Tensor, exact: Tensor) -> float:
     """Of the values told, against the true scores of the rows chosen, relative to a query's best score."""
     rows = x.rows[indices].double()
     true = torch.einsum("qd,qkd->qk", x.queries.double(), rows)
     return float(((values.double() - true).abs() / exact[:, :1].abs()).max())
 
 
-def _error(x: Search, output: Both, reference: Both) -> float:
+def _error(x: Search | Codes, output: Both, reference: Both) -> float:
     top = _taken(x, output.values, output.indices, reference.values)
     return max(top, _taken(x, output.low_values, output.low_indices, reference.low_values))
 
@@ -141,7 +141,7 @@ def _top_error(x: Search, output: tuple[Tensor, Tensor], reference: Both) -> flo
     return _taken(x, output[0], output[1], reference.values)
 
 
-def _recall(x: Search, output: Both, reference: Both) -> dict[str, float]:
+def _recall(x: Search | Codes, output: Both, reference: Both) -> dict[str, float]:
     ends = ((output.indices, reference.indices), (output.low_indices, reference.low_indices))
     pairs = [(set(a), set(b)) for got, true in ends for a, b in zip(got.tolist(), true.tolist(), strict=True)]
     return {"recall": sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs)}
@@ -174,6 +174,86 @@ def _scan(Q: int, N: int, D: int, k: int, dtype: str, label: str) -> Case:
             bound=_BOUNDS[dtype],
             threads=1,
             metrics=_recall,
+            memory_unit=4 * Q * N,
+        )
+    )
+
+
+class Codes(NamedTuple):
+    """Queries (Q, D), the rows (N, D) as they were given, and their integers and scales where queries are."""
+
+    queries: Tensor
+    rows: Tensor
+    k: int
+    codes: Tensor
+    scales: Tensor
+    dtype: str
+
+
+def _coded(Q: int, N: int, D: int, k: int, dtype: str) -> Callable[[str], Codes]:
+    def make(device: str) -> Codes:
+        from unlearn_kernels.influence import _codes
+
+        rows = testing.randn(N, D, seed=2, device="cpu")
+        coded = (x.to(device) for x in _codes.encode(rows, dtype, _BLOCK))
+        return Codes(testing.randn(Q, D, seed=1, device=device), rows.to(device), k, *coded, dtype)
+
+    return make
+
+
+def _scan_codes(x: Codes) -> Call:
+    from unlearn_kernels.influence import _codes
+
+    def run() -> Both:
+        codes, scales = _codes.query_codes(x.queries)
+        scan = torch.ops.unlearn_kernels.scan_codes
+        values, indices = scan(codes, scales, x.codes, x.scales, _BLOCK, x.k, x.dtype == "int4", 3)
+        return Both(values[0], indices[0], values[1], indices[1])
+
+    return Call(run)
+
+
+def _decoded(x: Codes) -> Call:
+    """Chunks of rows made floats again, each with a matrix product and two selections."""
+    from unlearn_kernels.influence import _codes
+
+    def run() -> Both:
+        found = []
+        for start in range(0, len(x.codes), _CHUNK):
+            part = _codes.Coded(x.codes[start : start + _CHUNK], x.scales[start : start + _CHUNK])
+            scores = x.queries @ _codes.decode(part, x.dtype, x.rows.shape[1], _BLOCK).T
+            ends = [torch.topk(scores, min(x.k, scores.shape[1]), largest=end) for end in (True, False)]
+            found.append([y for end in ends for y in (end.values, end.indices + start)])
+        high, at, low, low_at = (torch.cat(y, 1) for y in zip(*found, strict=True))
+        top, bottom = torch.topk(high, x.k), torch.topk(low, x.k, largest=False)
+        return Both(top.values, at.gather(1, top.indices), bottom.values, low_at.gather(1, bottom.indices))
+
+    return Call(run)
+
+
+def _resident(Q: int, N: int, D: int, k: int, dtype: str, label: str, warm: Case | None) -> Case:
+    """Rows on the device already; the CPU reads large ones from a store, above."""
+    devices = ("cpu", "cuda") if warm is None else ("cuda",)
+    return register(
+        Case(
+            f"influence.scan_codes/{label}/{dtype}",
+            ops=("scan_codes",),
+            shape=f"{Q} x {N} x {D}, top {k} and bottom {k}",
+            dtype=torch.float32,
+            flops=2 * Q * N * D,
+            bytes=_bytes(N, D, dtype) + 2 * Q * k * 12,
+            make=_coded(Q, N, D, k, dtype),
+            reference=_exact,
+            error=_error,
+            providers=(
+                Provider("unlearn_kernels", _scan_codes, "ours", devices=devices),
+                Provider("torch, decoded in chunks", _decoded, "plain", devices=devices),
+            ),
+            bound=_BOUNDS[dtype],
+            peer_bound=_BOUNDS[dtype],
+            threads=1,
+            metrics=_recall,
+            warm=warm,
             memory_unit=4 * Q * N,
         )
     )
@@ -250,5 +330,9 @@ for _dtype in _BITS:
         _scan(100, 200_000, 1024, 100, _dtype, "100x200k")
     for _queries in (1, 8):
         _scan(_queries, 200_000, 1024, 100, _dtype, f"{_queries}x200k")
+    if _dtype.startswith("int"):
+        _small_codes = _resident(10, 2048, 256, 10, _dtype, "small", None)
+        _resident(100, 200_000, 1024, 100, _dtype, "100x200k", _small_codes)
+        _resident(1, 2_000_000, 1024, 100, _dtype, "1x2M", _small_codes)
     _small_rate = _rate(2048, 256, _dtype, "small", None)
     _rate(131_072, 1024, _dtype, "131k", _small_rate)

@@ -46,21 +46,22 @@ std::tuple<Tensor, Tensor> scan_rows(const Tensor& queries, const Tensor& rows, 
   return run(p, queries, ends);
 }
 
-// codes (Q, D) int16 of at most 8191, query_scales (Q,); rows (N, bytes) uint8, scales (N, ceil(D / block)); all contiguous.
-std::tuple<Tensor, Tensor> scan_codes(const Tensor& codes, const Tensor& query_scales, const Tensor& rows,
-                                      const Tensor& scales, int64_t block, int64_t k, bool nibbles, int64_t ends) {
-  STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Short && codes.is_contiguous(),
-                  "scan_codes: codes must be a contiguous int16 matrix");
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == ScalarType::Byte && rows.is_contiguous(),
-                  "scan_codes: rows must be a contiguous uint8 matrix");
+// codes (Q, D) int16 of at most 8191, query_scales (Q,); rows (N, bytes) uint8, scales (N, ceil(D / block)).
+std::tuple<Tensor, Tensor> scan_codes(const Tensor& any_codes, const Tensor& any_query_scales, const Tensor& any_rows,
+                                      const Tensor& any_scales, int64_t block, int64_t k, bool nibbles, int64_t ends) {
+  const Tensor codes = torch::stable::contiguous(any_codes), query_scales = torch::stable::contiguous(any_query_scales);
+  const Tensor rows = torch::stable::contiguous(any_rows), scales = torch::stable::contiguous(any_scales);
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Short,
+                  "scan_codes: codes must be an int16 matrix");
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == ScalarType::Byte,
+                  "scan_codes: rows must be a uint8 matrix");
   STD_TORCH_CHECK(0 < block && block <= kMostColumns && block % 2 == 0,
                   "scan_codes: block must be even and at most ", kMostColumns, ", got ", block);
   const int64_t depth = codes.size(1), blocks = (depth + block - 1) / block;
   STD_TORCH_CHECK(rows.size(1) >= (nibbles ? (depth + 1) / 2 : depth), "scan_codes: rows have too few bytes");
-  STD_TORCH_CHECK(query_scales.scalar_type() == ScalarType::Float && query_scales.is_contiguous() &&
-                      query_scales.numel() == codes.size(0) && scales.scalar_type() == ScalarType::Float &&
-                      scales.is_contiguous() && scales.numel() == rows.size(0) * blocks,
-                  "scan_codes: query_scales and scales must be contiguous float32, one a query and ", blocks, " a row");
+  STD_TORCH_CHECK(query_scales.scalar_type() == ScalarType::Float && query_scales.numel() == codes.size(0) &&
+                      scales.scalar_type() == ScalarType::Float && scales.numel() == rows.size(0) * blocks,
+                  "scan_codes: query_scales and scales must be float32, one a query and ", blocks, " a row");
   Scan p{};
   p.codes = static_cast<const int16_t*>(codes.const_data_ptr());
   p.query_scales = static_cast<const float*>(query_scales.const_data_ptr());

@@ -71,6 +71,25 @@ def test_projection_and_search(backend: Backend, device: str) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("nibbles", [False, True], ids=["int8", "int4"])
+def test_scan_of_codes(nibbles: bool, device: str) -> None:
+    """Rows of zeros beyond byte 2^31, but for a few at the end."""
+    width = 1 << 12
+    size = BEYOND // width + 7
+    rows = torch.full((size, width), 0x88 if nibbles else 128, dtype=torch.uint8, device=device)
+    rows[-3:] += 1
+    columns = 2 * width if nibbles else width
+    codes = torch.ones(2, columns, dtype=torch.int16, device=device)
+    ones = torch.ones(size, columns // 128, device=device)
+    values, indices = torch.ops.unlearn_kernels.scan_codes(
+        codes, torch.ones(2, device=device), rows, ones, 128, 4, nibbles, 3
+    )
+    assert values[0].tolist() == [[width] * 3 + [0]] * 2
+    assert indices[0].tolist() == [[size - 3, size - 2, size - 1, 0]] * 2
+    assert not values[1].any()
+    assert indices[1].tolist() == [[0, 1, 2, 3]] * 2
+
+
 def test_token_loss(device: str) -> None:
     _, (near, _) = ends(40, 24, device)
     apart = BEYOND // 39 + 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unlearn_kernels._files import Growing, write
-from unlearn_kernels.influence import GradientStore, StoreError, merge
+from unlearn_kernels.influence import GradientStore, StoreError, _scan, merge
 from unlearn_kernels.influence._codes import decode, encode
 from unlearn_kernels.influence._shards import Manifest
 from unlearn_kernels.testing import at_threads, randn, relative_error
@@ -85,6 +85,33 @@ def test_shards_do_not_matter(tmp_path: Path, dtype: str) -> None:
     shifted = [halves[0], halves[1]._replace(indices=halves[1].indices + 400)]
     both = merge(shifted, 50)
     assert torch.equal(both.values[:, ::2], both.values[:, 1::2]) or both.values.shape == (2, 50)
+
+
+@ALL
+@pytest.mark.parametrize("ends", [1, 2, 3])
+def test_blocks_on_a_device_do_not_matter(
+    tmp_path: Path, dtype: str, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows brought a few at a time, as to a device: the bits of a whole shard, ties and deleted rows too."""
+    store = filled(tmp_path, dtype, torch.cat([randn(90, 40), randn(90, 40)]), 2)
+    store.delete([3, 17, 95])
+    queries = randn(12, 40, seed=1)
+    queries[3] = 0
+
+    def search() -> list[torch.Tensor]:
+        found = store._search(queries, 60, ends, None, None)
+        return [x for end in found for x in end]
+
+    def few(
+        parts: tuple[torch.Tensor, ...], device: torch.device
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        for first in range(0, len(parts[0]), 37):
+            yield first, [part[first : first + 37] for part in parts]
+
+    whole = search()
+    monkeypatch.setattr(_scan, "blocks_on", few)
+    assert all(torch.equal(a, b) for a, b in zip(search(), whole, strict=True))
+    assert len(whole) == (6 if ends == 3 else 3)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

@@ -5,6 +5,8 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from unlearn_kernels.reference.influence import integers
+
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: Final = ("float32", "bfloat16", "int8", "int4")
 _LEVELS: Final = {"int8": 127, "int4": 7}
@@ -85,10 +87,7 @@ def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
     """What `encode` has made of rows, (n, D) float32."""
     if not is_coded(name):
         return coded.rows.float()
-    rows = coded.rows
-    if name == "int4":
-        rows = torch.stack((rows & 15, rows >> 4), dim=2).flatten(1)[:, :width]
-    values = rows.float() - (_LEVELS[name] + 1)
+    values = integers(coded.rows, name == "int4", width).float()
     return values * coded.scales.repeat_interleave(block, dim=1)[:, :width]
 
 
@@ -107,6 +106,8 @@ def squared_norms(x: Tensor) -> Tensor:
 def query_codes(queries: Tensor) -> tuple[Tensor, Tensor]:
     """Queries (Q, D) as int16 of at most 8191 and a scale each: 14 bits, so that rows alone set the error."""
     wide = queries.float()
-    scales = wide.abs().amax(1) / QUERY_LEVELS if wide.shape[1] else wide.new_zeros(len(wide))
+    # Not by a number, whose reciprocal CUDA multiplies by: the codes are the same on every device.
+    levels = wide.new_full((), QUERY_LEVELS)
+    scales = wide.abs().amax(1) / levels if wide.shape[1] else wide.new_zeros(len(wide))
     ratio = torch.where(scales[:, None] > 0, wide / scales[:, None], 0.0)
     return ratio.round().to(torch.int16).contiguous(), scales.contiguous()

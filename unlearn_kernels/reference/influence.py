@@ -72,3 +72,34 @@ def topk(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, 
     dtype = accumulation_dtype(queries, rows)
     values, indices = (queries.to(dtype) @ rows.to(dtype).T).sort(dim=1, descending=largest, stable=True)
     return values[:, :k].contiguous(), indices[:, :k].contiguous()
+
+
+def integers(rows: Tensor, nibbles: bool, width: int) -> Tensor:
+    """Return the integers of stored rows (N, bytes), (N, width) int16: bytes less 128, or nibbles less 8."""
+    if not nibbles:
+        return rows[:, :width].to(torch.int16) - 128
+    return torch.stack((rows & 15, rows >> 4), dim=2).flatten(1)[:, :width].to(torch.int16) - 8
+
+
+def scan_codes(
+    codes: Tensor,
+    query_scales: Tensor,
+    rows: Tensor,
+    scales: Tensor,
+    block: int,
+    k: int,
+    nibbles: bool,
+    ends: int,
+) -> tuple[Tensor, Tensor]:
+    """Return values and indices (ends, Q, k) of the largest and smallest scores of integers with block scales.
+
+    `s_q sum_b s_nb sum_{d in b} c_qd x_nd`, the inner sums exact; ranked before `s_q`, equal ones by index.
+    """
+    x = integers(rows, nibbles, codes.shape[1]).double()
+    scores = torch.zeros(len(codes), len(x), dtype=scales.dtype, device=scales.device)
+    for n, part in enumerate(codes.double().split(block, dim=1)):
+        exact = part @ x[:, n * block : n * block + part.shape[1]].T
+        scores += exact.to(scores.dtype) * scales[:, n]
+    found = [scores.sort(dim=1, descending=end == 1, stable=True) for end in (1, 2) if ends & end]
+    values = torch.stack([f.values[:, :k] for f in found]) * query_scales[:, None]
+    return values, torch.stack([f.indices[:, :k] for f in found])

@@ -31,6 +31,7 @@ _MOST_PARTS: Final = 256
 _QUERIES: Final = 1024  # that are searched for at once
 _SCORES: Final = 1 << 22  # in memory at once
 _LOW: Final = 0xFFFFFFFF
+_OTHER_END: Final = -1 << 32  # turns a key for the largest into one for the smallest
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -212,15 +213,74 @@ def _ranges(queries: int, rows: int) -> list[tuple[int, int]]:
     return [(first, min(step, rows - first)) for first in range(0, rows, step)]
 
 
-def _search_floats(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """By keys, which are all different: the selection has one answer."""
-    best = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=rows.device)
-    for first, size in _ranges(queries.shape[0], rows.shape[0]):
-        both = torch.cat([best, _scores(queries, rows, first, size, largest)], dim=1)
-        best = both.topk(min(k, both.shape[1]), dim=1).values
+def best_keys(
+    count: int, size: int, k: int, ends: int, keys_of: Callable[[int, int], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Values (count, k) and rows for each end (1 the largest, 2 the smallest, 3 both) of `size` rows.
+
+    `keys_of(first, n)` gives the keys (count, n) of n rows, for the smallest if only those are wanted. They are all
+    different: the selection has one answer.
+    """
+    best: list[Tensor] = []
+    for first, n in _ranges(count, size):
+        found = keys_of(first, n)
+        sides = [found, found ^ _OTHER_END] if ends == 3 else [found]
+        tops = [side.topk(min(k, n), dim=1).values for side in sides]
+        both = [torch.cat(pair, dim=1) for pair in zip(best, tops, strict=True)] if best else tops
+        best = [x.topk(min(k, x.shape[1]), dim=1).values for x in both] if best else tops
+    directions = (True, False) if ends == 3 else (ends == 1,)
+    return [_unpacked(x, largest) for x, largest in zip(best, directions, strict=True)]
+
+
+def _unpacked(best: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """The scores and rows that keys are made of."""
     ordered = best >> 32 if largest else ~(best >> 32)
     bits = (ordered ^ (ordered >> 31 & 0x7FFFFFFF)).to(torch.int32)
     return bits.view(torch.float32), _LOW - (best & _LOW)
+
+
+def _search_floats(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """By keys, a range of rows after the other."""
+
+    def keys_of(first: int, size: int) -> Tensor:
+        return _scores(queries, rows, first, size, largest)
+
+    return best_keys(queries.shape[0], rows.shape[0], k, 1 if largest else 2, keys_of)[0]
+
+
+def scan_rows(queries: Tensor, rows: Tensor, k: int, ends: int) -> tuple[Tensor, Tensor]:
+    """The raw operator: values and indices (ends, Q, k) of one or both ends, each row scored once.
+
+    Scratch: that of `topk`, for both ends twice.
+    """
+
+    def search(part: Tensor) -> list[tuple[Tensor, Tensor]]:
+        def keys_of(first: int, size: int) -> Tensor:
+            return _scores(part, rows, first, size, bool(ends & 1))
+
+        return best_keys(part.shape[0], rows.shape[0], k, ends, keys_of)
+
+    return scanned(queries, rows.shape[0], k, ends, search)
+
+
+def scanned(
+    queries: Tensor, size: int, k: int, ends: int, search: Callable[[Tensor], list[tuple[Tensor, Tensor]]]
+) -> tuple[Tensor, Tensor]:
+    """Values and indices (ends, Q, k) of searches for some queries (or what stands for them) at a time."""
+    if not 1 <= ends <= 3:
+        raise ValueError(f"ends must be 1, 2 or 3, got {ends}")
+    if not 0 <= k <= size <= _LOW:
+        raise ValueError(
+            f"k must be at most the number of rows, at most 2^32 - 1 on a GPU, got {k} and {size}"
+        )
+    shape = ((ends & 1) + (ends >> 1), queries.shape[0], k)
+    values = torch.empty(shape, dtype=torch.float32, device=queries.device)
+    indices = torch.empty(shape, dtype=torch.int64, device=queries.device)
+    if k > 0:
+        for part in (slice(q, q + _QUERIES) for q in range(0, queries.shape[0], _QUERIES)):
+            for end, found in enumerate(search(queries[part])):
+                values[end, part], indices[end, part] = found
+    return values, indices
 
 
 def _search_doubles(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
