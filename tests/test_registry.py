@@ -118,6 +118,7 @@ EMPTIED = {
     "squared_gradients": (0, 1),
     "squared_rows": (0,),
     "covariance": (0,),
+    "encode_rows": (0,),
     "topk": (0,),
     "linear_nll_forward": (0, 3),
     "linear_nll_backward": (0, 1, 4, 5),
