@@ -124,6 +124,7 @@ EMPTIED = {
     "squared_gradients": (0, 1),
     "squared_rows": (0,),
     "covariance": (0,),
+    "encode_rows": (0,),
     "topk": (0,),
     "scan_rows": (0,),
     "scan_codes": (0, 1),

@@ -250,6 +250,10 @@ def _lm_head_tied_dots(dtype: torch.dtype, device: str) -> Arguments:
     return ids, g, *_tokens(5, dtype, 1, device), *_head(dtype, device), 2, -100
 
 
+def _encode_rows(dtype: torch.dtype, device: str) -> Arguments:
+    return randn(5, 19, dtype=dtype, device=device), 4, 6, True, 3, 7
+
+
 SAMPLES: Final[dict[str, Maker]] = {
     "linear_sqnorms": _linear_sqnorms,
     "linear_dots": _linear_dots,
@@ -287,6 +291,7 @@ SAMPLES: Final[dict[str, Maker]] = {
     "squared_gradients": _squared_gradients,
     "squared_rows": _matrix,
     "covariance": _matrix,
+    "encode_rows": _encode_rows,
     "topk": _topk,
     "scan_codes": _scan_codes,
     "linear_nll": _linear_nll,

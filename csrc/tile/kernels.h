@@ -31,6 +31,7 @@ namespace uk {
 struct InfluenceSketchKernels;
 struct InfluenceCurvatureKernels;
 struct InfluenceScanKernels;
+struct InfluenceRowsKernels;
 
 // Every stem: the kernels of <stem>.h, and their name here. X(..., type, name).
 #define UK_STEMS(X, ...)                                 \
@@ -53,6 +54,7 @@ struct InfluenceScanKernels;
   X(__VA_ARGS__, InfluenceSketch, influence_sketch)      \
   X(__VA_ARGS__, InfluenceCurvature, influence_curvature) \
   X(__VA_ARGS__, InfluenceScan, influence_scan)          \
+  X(__VA_ARGS__, InfluenceRows, influence_rows)          \
   X(__VA_ARGS__, TokenLoss, token_loss)                  \
   X(__VA_ARGS__, TokenRows, token_rows)
 

@@ -1,7 +1,7 @@
 // Random numbers other than signs from Philox calls: counter (row, low word, high word, purpose).
 namespace UK_ISA {
 
-enum class Purpose : uint64_t { signs = 0, normals = 1, terms = 2, diagonal = 3, sides = 4 };
+enum class Purpose : uint64_t { signs = 0, normals = 1, terms = 2, diagonal = 3, sides = 4, rounding = 6 };
 
 inline constexpr int64_t kNormalBlock = 8;  // of one call
 inline constexpr int64_t kTermBlock = 4;

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -91,18 +92,20 @@ class NewShard:
         """Of the rows, without what goes with them."""
         return self._files[0].size
 
-    def add(self, coded: Coded, ids: Tensor, sqnorms: Tensor, metadata: list[Any]) -> None:
-        """Append rows: all of them or, with an exception, none."""
-        before = [(file.size, file.crc) for file in self._files]
+    def add(self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: list[Any]) -> None:
+        """Append rows, some and their squared norms after the other: all or, with an exception, none."""
+        before, sqnorms = [(file.size, file.crc) for file in self._files], []
         try:
-            for file, part in zip(self._files, coded, strict=True):
-                file.add(bytes_of(part))
+            for coded, norms in parts:
+                for file, part in zip(self._files, coded, strict=True):
+                    file.add(bytes_of(part))
+                sqnorms.append(norms)
         except BaseException:
             for file, (size, crc) in zip(self._files, before, strict=True):
                 file.back_to(size, crc)
             raise
         self._ids.append(ids)
-        self._sqnorms.append(sqnorms)
+        self._sqnorms += sqnorms
         self._metadata += metadata
 
     def finish(self) -> ShardInfo:

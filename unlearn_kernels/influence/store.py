@@ -28,6 +28,7 @@ from unlearn_kernels.influence._shards import (
 Preconditioner = Tensor | Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
 _SHARD_BYTES: Final = 1 << 28
+_AT_ONCE: Final = 1 << 18  # numbers
 
 
 class GradientStore:
@@ -47,9 +48,6 @@ class GradientStore:
         self.path, self._lock = path, lock
         self._manifest, self._shards = read_store(path)
         self._pending: NewShard | None = None
-        self._generator: torch.Generator | None = None
-        if self._manifest.unbiased:
-            self._generator = torch.Generator().manual_seed(self._manifest.next_shard)
 
     @classmethod
     def create(
@@ -161,22 +159,27 @@ class GradientStore:
             raise ValueError(
                 f"rows must be (n, {self.width}), floating-point, got {rows.dtype} {tuple(rows.shape)}"
             )
-        n, x = len(rows), rows.detach().cpu()
-        written = self._manifest.rows_written + (len(self._pending) if self._pending else 0)
+        n, written = len(rows), self._manifest.rows_written + (len(self._pending) if self._pending else 0)
         ids = torch.arange(written, written + n) if ids is None else ids.detach().cpu().long()
         if ids.shape != (n,) or (metadata is not None and len(metadata) != n):
             raise ValueError(f"ids and metadata must have {n} elements")
         if n == 0:
             return
-        coded = _codes.encode(x, self.dtype, self._manifest.block, self._generator)
         if self._pending is not None and self._pending.closed:
             self.flush()
         if self._pending is None:
             self._pending = self._new_shard()
         notes = [None] * n if metadata is None else list(metadata)
-        self._pending.add(coded, ids.clone(), _codes.squared_norms(x), notes)
+        self._pending.add(self._encoded(rows.detach(), written), ids.clone(), notes)
         if self._pending.bytes >= _SHARD_BYTES:
             self.flush()
+
+    def _encoded(self, rows: Tensor, first: int) -> Iterator[tuple[_codes.Coded, Tensor]]:
+        """Some rows at a time, which are in cache when they are written; random numbers are by row, not by append."""
+        step = max(1, _AT_ONCE // self.width)
+        for begin in range(0, len(rows), step):
+            number = first + begin if self._manifest.unbiased else None
+            yield _codes.encode(rows[begin : begin + step], self.dtype, self._manifest.block, number)
 
     def flush(self) -> None:
         """Write what was appended as a new shard.
@@ -185,7 +188,7 @@ class GradientStore:
             StoreError: if the store is not open for writing.
         """
         self._writable()
-        if self._pending is None:
+        if not self._pending:  # nothing, or no rows
             return
         info, known = self._pending.finish(), self._manifest
         # Taken over once it is on disk: after an exception, the next call tries again.
@@ -409,7 +412,7 @@ def _taken(values: list[Any], rows: Tensor) -> list[Any]:
 def _without_deleted(shard: Shard, new: NewShard) -> ShardInfo:
     keep = shard.kept
     coded = _codes.Coded(shard.rows[keep], shard.scales[keep])
-    new.add(coded, shard.ids[keep], shard.sqnorms[keep], _taken(shard.metadata(), keep))
+    new.add([(coded, shard.sqnorms[keep])], shard.ids[keep], _taken(shard.metadata(), keep))
     return new.finish()
 
 

@@ -1,0 +1,3 @@
+#include "tile/baseline/isa.h"
+
+#include "tile/influence_rows.inc"
