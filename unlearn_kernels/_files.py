@@ -4,9 +4,6 @@ import ctypes
 import fcntl
 import json
 import os
-import zlib
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -14,21 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+try:  # the same numbers by wider instructions
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
+
 _AT_ONCE: Final = 1 << 20
 _BEHIND: Final = 1 << 25  # bytes after which the disk is set to work, long before it has to be waited for
 _WRITE: Final = 2  # SYNC_FILE_RANGE_WRITE
-
-
-def _crc32() -> Callable[..., int]:
-    """CRC-32 by carry-less products where the host module is built, or zlib's: the same numbers."""
-    try:
-        found: Callable[..., int] = import_module("unlearn_kernels._host").crc32
-    except (ImportError, AttributeError):
-        return zlib.crc32
-    return found
-
-
-crc32: Final = _crc32()
 
 
 class StoreError(RuntimeError):
@@ -100,7 +90,7 @@ def bytes_of(x: Tensor) -> Any:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replaces a JSON file: whoever reads it sees the old one or the new one."""
     body = json.dumps(record, sort_keys=True)
-    content = json.dumps({"crc32": zlib.crc32(body.encode()), "store": json.loads(body)}, sort_keys=True)
+    content = json.dumps({"crc32": crc32(body.encode()), "store": json.loads(body)}, sort_keys=True)
     temporary = path.with_name(f"{path.name}.tmp")
     write(temporary, content.encode())
     os.replace(temporary, path)
@@ -125,7 +115,7 @@ def read_record(path: Path, noun: str, form: str, version: int) -> dict[str, Any
         raise StoreError(f"{path} is not the manifest of a {noun}: format {found!r}")
     if number != version:
         raise StoreError(f"{path} has version {number}, this package reads {version}")
-    if zlib.crc32(json.dumps(record, sort_keys=True).encode()) != crc:
+    if crc32(json.dumps(record, sort_keys=True).encode()) != crc:
         raise StoreError(f"{path} is damaged: its checksum is wrong")
     return {key: value for key, value in record.items() if key not in ("format", "version")}
 

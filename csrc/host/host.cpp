@@ -1,4 +1,4 @@
-// The host module: what this CPU can do, how the extension was compiled, checksums. It sees no torch header.
+// The host module: what this CPU can do and how the extension was compiled. It sees no torch header.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,7 +7,6 @@
 #include <map>
 #include <string>
 
-#include "tile/checksum.h"
 #include "tile/kernels.h"
 
 #if defined(__x86_64__)
@@ -79,27 +78,14 @@ py::dict build_record() {
   return record;
 }
 
-// Of a contiguous buffer, without the interpreter's lock.
-uint32_t crc32(const py::buffer& bytes, uint32_t crc) {
-  Py_buffer view;
-  if (PyObject_GetBuffer(bytes.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  {
-    const py::gil_scoped_release unlocked;
-    crc = uk::crc32(static_cast<const uint8_t*>(view.buf), view.len, crc);
-  }
-  PyBuffer_Release(&view);
-  return crc;
-}
-
 }  // namespace
 
 void add_doors(py::module_& module);
 
 PYBIND11_MODULE(_host, module) {
-  module.doc() = "Host-side facts of unlearn_kernels: CPU features, the build, checksums.";
+  module.doc() = "Host-side facts of unlearn_kernels: CPU features and the build.";
   module.def("cpu_features", &cpu_features, "Instruction sets that both the CPU and the system support.");
   module.def("isa_variants", &isa_variants, "The compiled ISA variants, and whether this machine runs each.");
-  module.def("crc32", &crc32, py::arg("bytes"), py::arg("crc") = 0, "zlib.crc32, faster.");
   add_doors(module);
   module.def("build_record", &build_record, "What compiled this module.");
 }
