@@ -42,6 +42,7 @@ OPERATORS = (
     "squared_rows",
     "covariance",
     "topk",
+    "encode_rows",
     "scan_rows",
     "scan_codes",
     "linear_nll",

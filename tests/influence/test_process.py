@@ -41,6 +41,10 @@ HASHES = """
     for nibbles in (False, True):
         for x in torch.ops.unlearn_kernels.scan_codes(codes.short(), scales, rows, ones, 128, 20, nibbles, 3):
             show(x)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for bits in (0, 4, 8, 16, 32):
+            for x in torch.ops.unlearn_kernels.encode_rows(randn(9, 301, dtype=dtype), bits, 6, bits > 4, 5, 7):
+                show(x.view(torch.uint8))
     print(torch.ops.unlearn_kernels.isa())
 """
 

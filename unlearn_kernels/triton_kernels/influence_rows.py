@@ -1,6 +1,6 @@
 """Rows as a store keeps them: codes, scales of blocks and squared norms, a program a row.
 
-Kernels are compiled with `fusion=False`: a product and a sum that round apart are what gives every backend the same bits.
+Compiled with `fusion=False`: a product and a sum that round apart are what gives every backend the same bits.
 """
 
 from typing import Final
@@ -24,7 +24,9 @@ def random_shift(seed, row, cols):
     """n / 2^16 for each column, n of 16 random bits."""
     half = cols // 2
     word = word_of(seed, row, half, 6)
-    return ((word >> ((cols % 2) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32).to(tl.float32) * 0.0000152587890625
+    return ((word >> ((cols % 2) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32).to(
+        tl.float32
+    ) * 0.0000152587890625
 
 
 @triton.jit
@@ -96,10 +98,11 @@ def encode_rows(
     rows = x.new_empty((n, columns), dtype=_TYPES[bits])
     scales = x.new_empty((n, blocks if coded else 0), dtype=torch.float32)
     sqnorms = x.new_empty((n,), dtype=torch.float64)
+    memory = rows.view(torch.int16) if bits == 16 else rows
     if n > 0:
         with on_device(x):
             encode_rows_kernel[(n,)](
-                x, rows.view(torch.int16) if bits == 16 else rows, scales, sqnorms, width, columns, blocks, size, seed, first, *x.stride(), BITS=bits,
+                x, memory, scales, sqnorms, width, columns, blocks, size, seed, first, *x.stride(), BITS=bits,
                 LEVELS=LEVELS.get(bits, 0), BLOCK=triton.next_power_of_2(size), UNBIASED=unbiased,
                 ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, **launch_options(fusion=False),
             )  # fmt: skip
