@@ -16,9 +16,14 @@ from benchmarks.compare import compare
 from benchmarks.floors import Floor
 from benchmarks.runner import Race, Settings
 
+_OUT_OF_TIME = 124  # the status that the program `timeout` gives
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. The status is 1 where a number of ours is wrong or a comparison found a loss."""
+    """Run the command line. The status is 1 where a number of ours is wrong or a comparison found a loss.
+
+    It is 124 where --until left cases for another run.
+    """
     parser = _parser()
     parsed = parser.parse_args(arguments)
     try:
@@ -90,12 +95,29 @@ def _run(parsed: argparse.Namespace) -> int:
         "time_limit": parsed.time_limit,
     }
     done = _done(parsed.json, run) if parsed.resume else []
+    if parsed.until:
+        cases = spread(cases)
     rows = _measure(cases, settings, run, done, parsed)
     if parsed.plot:
         from benchmarks.plot import plot
 
         plot(rows, parsed.plot, f"{run['machine']}, {run['isa']}, {run['date']}, commit {run['commit']}")
-    return int(any(row.role == "ours" and row.status == results.WRONG for row in rows))
+    left = len({case.name for case in cases} - {row.case for row in rows})
+    if left:
+        print(f"{left} of {len(cases)} cases are left for --resume")
+    wrong = any(row.role == "ours" and row.status == results.WRONG for row in rows)
+    return 1 if wrong else _OUT_OF_TIME if left else 0
+
+
+def spread(cases: Sequence[registry.Case]) -> list[registry.Case]:
+    """The cases with those of all families in turns, small ones last: what a run out of time has is of each."""
+    met: dict[tuple[bool, str], int] = {}
+    turns = []
+    for case in cases:
+        small, family = "/small/" in case.name, case.name.partition(".")[0]
+        met[small, family] = met.get((small, family), -1) + 1
+        turns.append((small, met[small, family], case))
+    return [case for *_, case in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def _validate(parsed: argparse.Namespace) -> None:

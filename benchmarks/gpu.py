@@ -2,7 +2,8 @@
 
 Builds, diagnoses, compiles every launch on all cores, runs the GPU tests, looks for bad memory accesses, races
 the benchmark cases, and writes `benchmarks/results/<device>.json`. Correctness comes first; every step ends at the
-time limit with what it has, and `--resume` goes on with the steps that have not passed on this commit.
+time limit with what it has, and `--resume` goes on with the steps of the same call that have not passed on this commit.
+The results of cases that were measured on another commit are put into `out/gpu`; those of this one are kept.
 
 `--dry-run` needs no GPU: the tests run on the CPU's kernels, and launchers go up to the launch.
 """
@@ -10,7 +11,9 @@ time limit with what it has, and `--resume` goes on with the steps that have not
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,16 +32,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "out" / "gpu"
 PASSED, FAILED, SKIPPED, LATE = "passed", "FAILED", "skipped", "out of time"
 _TESTS = ("tests/gpu", "tests/triton/interpreted")
+_CASE_SECONDS = 4
+_LEFT = "{left}"  # in a command: the seconds that it has
+_TO_END = 20  # seconds before its limit at which a step that knows it begins nothing more
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the run. `missing` says why it cannot run here."""
+    """One command of the run, which ends after `most` seconds. `missing` says why it cannot run here."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     missing: str | None = None
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,20 +57,42 @@ class Outcome:
     note: str = ""
 
 
-def steps(patterns: Sequence[str], results: Path, seconds: float) -> list[Step]:
-    """The run on a device."""
+def _processes() -> tuple[str, ...]:
+    """Most of a test's time is Triton's compiler: as many at once as there are cores, if pytest can."""
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return "-n", str(min(8, len(os.sched_getaffinity(0))))
+
+
+def steps(patterns: Sequence[str], results: Path) -> list[Step]:
+    """The run on a device. Limits leave the benchmarks time whatever happens before."""
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer")
     chosen = ("-k", " or ".join(patterns)) if patterns else ()
-    race = ("-m", "benchmarks", "run", *patterns, "--device", "cuda", "--peers", "--time-limit", "10")
+    race = (
+        "-m",
+        "benchmarks",
+        "run",
+        *patterns,
+        "--device",
+        "cuda",
+        "--peers",
+        "--time-limit",
+        str(_CASE_SECONDS),
+    )
     check = ("--tool", "memcheck", "--error-exitcode", "1", python, "-m", "unlearn_kernels")
     return [
-        Step("build", (python, "setup.py", "build_ext", "--inplace")),
-        Step("launches", (python, "-m", "benchmarks.launches", *patterns)),
-        Step("diagnosis", (python, "-m", "unlearn_kernels")),
-        Step("tests", (python, "-m", "pytest", "-q", "-m", "gpu", *chosen, *_TESTS)),
-        Step("memory", (sanitizer or "", *check), missing=None if sanitizer else "no compute-sanitizer here"),
-        Step("benchmarks", (python, *race, "--resume", "--until", f"{seconds:.0f}", "--json", str(results))),
+        Step("build", (python, "setup.py", "build_ext", "--inplace"), most=180),
+        Step("launches", (python, "-m", "benchmarks.launches", *patterns), most=120),
+        Step("diagnosis", (python, "-m", "unlearn_kernels"), most=60),
+        Step("tests", (python, "-m", "pytest", "-q", "-m", "gpu", *_processes(), *chosen, *_TESTS), most=200),
+        Step(
+            "memory",
+            (sanitizer or "", *check),
+            missing=None if sanitizer else "no compute-sanitizer here",
+            most=90,
+        ),
+        Step("benchmarks", (python, *race, "--resume", "--until", _LEFT, "--json", str(results))),
     ]
 
 
@@ -87,9 +117,11 @@ def run(step: Step, seconds: float) -> Outcome:
         return Outcome(SKIPPED, note=step.missing)
     if seconds <= 0:
         return Outcome(LATE)
-    begun, last = time.monotonic(), ""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", **step.environment}
-    command = ("timeout", "--signal=INT", "--kill-after=10", f"{seconds:.0f}", *step.command)
+    begun, last, seconds = time.monotonic(), "", min(seconds, step.most)
+    environment = {**os.environ, **_paths(), **step.environment}
+    left = f"{max(1.0, seconds - _TO_END):.0f}"
+    words = (left if word == _LEFT else word for word in step.command)
+    command = ("timeout", "--signal=INT", "--kill-after=10", f"{max(1.0, seconds):.0f}", *words)
     with (LOGS / f"{step.name}.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -103,8 +135,16 @@ def run(step: Step, seconds: float) -> Outcome:
     return Outcome(status, time.monotonic() - begun, last)
 
 
-def run_all(chosen: Sequence[Step], done: Mapping[str, Outcome], until: float) -> dict[str, Outcome]:
-    """All steps in order, without those that have passed before."""
+def _paths() -> dict[str, str]:
+    """Where steps find modules, and programs such as ninja that came with this Python's packages."""
+    programs = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.prefix) / "bin")))
+    return {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "PATH": programs, "PYTHONUNBUFFERED": "1"}
+
+
+def run_all(
+    chosen: Sequence[Step], done: Mapping[str, Outcome], until: float, call: str = ""
+) -> dict[str, Outcome]:
+    """All steps in order, without those that have passed before. `call` says which run it is."""
     LOGS.mkdir(parents=True, exist_ok=True)
     begun, outcomes = time.monotonic(), dict(done)
     for step in chosen:
@@ -112,7 +152,7 @@ def run_all(chosen: Sequence[Step], done: Mapping[str, Outcome], until: float) -
             continue
         print(f"\n== {step.name}: {' '.join(step.command)}", flush=True)
         outcomes[step.name] = run(step, until - (time.monotonic() - begun))
-        _save(outcomes)
+        _save(outcomes, call)
     return outcomes
 
 
@@ -127,19 +167,35 @@ def _state() -> Path:
     return LOGS / "state.json"
 
 
-def _save(outcomes: Mapping[str, Outcome]) -> None:
-    content = {"commit": machine.commit(), "outcomes": {name: vars(o) for name, o in outcomes.items()}}
-    _state().write_text(json.dumps(content, indent=1) + "\n")
+def _save(outcomes: Mapping[str, Outcome], call: str = "") -> None:
+    calls = {**_calls(), call: {name: vars(o) for name, o in outcomes.items()}}
+    _state().write_text(json.dumps({"commit": machine.commit(), "calls": calls}, indent=1) + "\n")
 
 
-def _before() -> dict[str, Outcome]:
-    """What an earlier run of this commit has done."""
+def _calls() -> dict[str, dict[str, Any]]:
+    """What earlier runs of this commit have done: of each family, on a device or dry."""
     if not _state().exists():
         return {}
     content = json.loads(_state().read_text())
-    if content["commit"] != machine.commit():
-        return {}
-    return {name: Outcome(**outcome) for name, outcome in content["outcomes"].items()}
+    return dict(content["calls"]) if content["commit"] == machine.commit() else {}
+
+
+def _before(call: str = "") -> dict[str, Outcome]:
+    """What an earlier run of the same kind has done at this commit."""
+    return {name: Outcome(**outcome) for name, outcome in _calls().get(call, {}).items()}
+
+
+def set_aside(results: Path, resume: bool) -> Path | None:
+    """Moves results that this run cannot add to into the logs, and says where they are.
+
+    They stay if they are of this commit; of a tree that differs from its commit, or has none, only to go on with.
+    """
+    commit = machine.commit()
+    known = commit is not None and (resume or not commit.endswith("+"))
+    if not results.exists() or (known and json.loads(results.read_text())["run"]["commit"] == commit):
+        return None
+    LOGS.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(results, LOGS / f"before-{results.name}"))
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -157,12 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parsed.dry_run and not torch.cuda.is_available():
         print("make gpu: torch finds no CUDA device; --dry-run does what needs none", file=sys.stderr)
         return 2
-    done = _before() if parsed.resume else {}
+    call = " ".join(("dry" if parsed.dry_run else machine.slug("cuda"), *parsed.pattern))
+    done = _before(call) if parsed.resume else {}
     if parsed.dry_run:
-        outcomes = run_all(dry_steps(parsed.pattern), done, parsed.until)
+        chosen = dry_steps(parsed.pattern)
     else:
         results = ROOT / "benchmarks" / "results" / f"{machine.slug('cuda')}.json"
-        outcomes = run_all(steps(parsed.pattern, results, parsed.until), done, parsed.until)
+        moved = set_aside(results, parsed.resume)
+        if moved:
+            print(f"results of another commit are in {moved}")
+        chosen = steps(parsed.pattern, results)
+    outcomes = run_all(chosen, done, parsed.until, call)
     print(f"\n{summary(outcomes)}")
     return int(any(o.status in (FAILED, LATE) for o in outcomes.values()))
 

@@ -333,6 +333,6 @@ for _dtype in _BITS:
     if _dtype.startswith("int"):
         _small_codes = _resident(10, 2048, 256, 10, _dtype, "small", None)
         _resident(100, 200_000, 1024, 100, _dtype, "100x200k", _small_codes)
-        _resident(1, 2_000_000, 1024, 100, _dtype, "1x2M", _small_codes)
+        _resident(1, 200_000, 1024, 100, _dtype, "1x200k", _small_codes)
     _small_rate = _rate(2048, 256, _dtype, "small", None)
     _rate(131_072, 1024, _dtype, "131k", _small_rate)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,55 @@ def test_steps_go_on_after_a_failure_and_resume_where_it_was(logs: Path) -> None
     assert {name: o.note for name, o in outcomes.items()} == {"a": "a", "b": "b", "c": "c"}
 
 
+def test_a_step_ends_by_its_own_limit_and_is_told_how_long_it_has() -> None:
+    waiting = "import signal, time; signal.signal(2, signal.SIG_DFL); time.sleep(60)"
+    assert gpu.run(Step("slow", (sys.executable, "-c", waiting), most=1), 50).status == LATE
+    told = Step("told", (sys.executable, "-c", "import sys; print(sys.argv[1])", "{left}"))
+    assert gpu.run(told, 60).note == "40"
+
+
+def test_each_family_and_the_dry_run_resume_by_themselves() -> None:
+    gpu.run_all([step("a", "print('a')")], {}, 60, "dry surgery")
+    gpu.run_all([step("a", "raise SystemExit(1)")], {}, 60, "nvidia-h200 surgery")
+    assert gpu._before("dry surgery")["a"].status == PASSED
+    assert gpu._before("nvidia-h200 surgery")["a"].status == FAILED
+    assert gpu._before("nvidia-h200 influence") == {}
+
+
+def test_results_of_another_commit_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "nvidia-h200.json"
+
+    def stays(of: str, here: str | None, resume: bool) -> bool:
+        results.write_text(json.dumps({"run": {"commit": of}}))
+        monkeypatch.setattr(gpu.machine, "commit", lambda: here)
+        moved = gpu.set_aside(results, resume)
+        assert (moved is None) == results.exists()
+        assert moved is None or json.loads(moved.read_text())["run"]["commit"] == of
+        return results.exists()
+
+    assert stays("abc", "abc", False)
+    assert not stays("abc", "def", True)
+    assert stays("abc+", "abc+", True)
+    assert not stays("abc+", "abc+", False)
+    assert not stays("abc", None, True)
+    results.unlink(missing_ok=True)
+    assert gpu.set_aside(results, False) is None
+
+
+@pytest.mark.parametrize("family", ["surgery", "influence"])
+def test_a_family_has_its_tests(family: str) -> None:
+    """`-k surgery` finds the tests of gramian, and not those of topk."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-k", family, "tests/gpu"]
+    told = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True).stdout
+    mine = {
+        "surgery": "-gramian-triton]",
+        "influence": "-topk-triton]",
+        "per_sample": "-norm_grads-triton]",
+        "token_loss": "-linear_kl-triton]",
+    }
+    assert [name for name, test in mine.items() if test in told] == [family]
+
+
 def test_another_commit_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.run_all([step("a", "print('a')")], {}, 60)
     monkeypatch.setattr(gpu.machine, "commit", lambda: "another")
@@ -67,7 +118,7 @@ def test_without_a_device_it_says_what_can_be_done(capsys: pytest.CaptureFixture
 
 def test_every_command_of_a_run_exists(tmp_path: Path) -> None:
     """Each step's module and files are there: a typing error must not cost a lease."""
-    for chosen in gpu.steps(["surgery"], tmp_path / "results.json", 60):
+    for chosen in gpu.steps(["surgery"], tmp_path / "results.json"):
         for word in chosen.command:
             assert not word.startswith("tests/") or (gpu.ROOT / word).is_dir()
         if "-m" in chosen.command and chosen.name != "tests":

@@ -109,7 +109,7 @@ def test_a_run_is_resumed_where_it_ended(
     monkeypatch.setattr(command.registry, "select", lambda patterns: cases)
     path = tmp_path / "out.json"
     run = ["run", "--json", str(path), "--repeats", "1", "--threads", "1", "--allocator", "default"]
-    assert command.main([*run, "--until", "1e-9"]) == 0
+    assert command.main([*run, "--until", "1e-9"]) == 124
     assert not path.exists()
     assert command.main(run) == 0
     content, rows = results.load(path)
@@ -118,6 +118,13 @@ def test_a_run_is_resumed_where_it_ended(
     _, resumed = results.load(path)
     assert [row.case for row in resumed] == [row.case for row in rows]
     assert resumed[0].seconds == rows[0].seconds
+
+
+def test_a_limited_run_has_something_of_each_family(make_case: Callable[..., Case]) -> None:
+    names = ("a.f/small/x", "a.f/large/x", "a.g/large/x", "b.f/small/x", "b.f/large/x")
+    cases = [dataclasses.replace(make_case(), name=name) for name in names]
+    order = [case.name for case in command.spread(cases)]
+    assert order == ["a.f/large/x", "b.f/large/x", "a.g/large/x", "a.f/small/x", "b.f/small/x"]
 
 
 def test_a_run_of_another_commit_is_not_resumed(
