@@ -23,15 +23,21 @@ struct Counters {
   Long word[4];
 };
 
-inline Counters philox(Counters x, uint64_t key) {
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+template <class Key>
+inline Counters philox_round(const Counters& x, const Key& k0, const Key& k1) {
+  const Long p0 = multiply_low(x.word[0], 0xD2511F53u), p1 = multiply_low(x.word[2], 0xCD9E8D57u);
+  return {{(p1 >> 32) ^ x.word[1] ^ k0, p1, (p0 >> 32) ^ x.word[3] ^ k1, p0}};
+}
+
+// The two keys of a round.
+inline uint64_t first_key(uint64_t seed, int round) { return uint32_t(uint32_t(seed) + uint32_t(round) * 0x9E3779B9u); }
+inline uint64_t second_key(uint64_t seed, int round) {
+  return uint32_t(uint32_t(seed >> 32) + uint32_t(round) * 0xBB67AE85u);
+}
+
+inline Counters philox(Counters x, uint64_t seed) {
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-    const Long p0 = multiply_low(x.word[0], 0xD2511F53u), p1 = multiply_low(x.word[2], 0xCD9E8D57u);
-    x = {{(p1 >> 32) ^ x.word[1] ^ uint64_t(k0), p1, (p0 >> 32) ^ x.word[3] ^ uint64_t(k1), p0}};
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+  for (int round = 0; round < 10; ++round) x = philox_round(x, first_key(seed, round), second_key(seed, round));
   return x;
 }
 

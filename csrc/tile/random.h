@@ -28,69 +28,126 @@ inline Long first_lanes(int64_t from, int step) {
 using Word32 = typename VectorOf<uint32_t, UK_BITS / 32>::type;
 inline constexpr int kWords = UK_BITS / 32;
 
-// Quantiles of |x|, x standard normal: n of 32768 gives (n + 0.5) / 32768, in segments of two octaves, and in each a
-// polynomial in the mantissa. Greatest deviation 7.5e-4; the variance over all n is 1 to 5e-8. Products and sums
-// round apart, so that every backend has the same bits.
-inline constexpr float kQuantiles[5][8] = {
-    {4.314798f, 4.0180845f, 3.6848116f, 3.3194027f, 2.9155838f, 2.4612675f, 1.9357704f, 4.449272f},
-    {-0.8358879f, -0.96586967f, -1.0704776f, -1.1943226f, -1.3631462f, -1.6192158f, -2.0608072f, -0.24871235f},
-    {0.5284388f, 0.6428468f, 0.7152309f, 0.79211223f, 0.8895036f, 1.0223614f, 1.1896623f, 0.0f},
-    {-0.19504431f, -0.24653499f, -0.27554646f, -0.30499974f, -0.3416312f, -0.39156106f, -0.46012053f, 0.0f},
-    {0.029552637f, 0.038274374f, 0.0428587f, 0.04742859f, 0.05306438f, 0.060699213f, 0.069306776f, 0.0f}};
+// A standard normal number of four 4-bit digits d0 (lowest) to d3: (37 A[d0] + 32 B[d1] + 39 A[d2] + 40 B[d3]) / 4096,
+// where bit 3 of a digit is a sign. Sums are integers of 16 bits, so every backend has the same bits; entries and weights
+// were searched for such as bring all 65536 sums closest to the normal distribution.
+struct NormalDigits {
+  int8_t entries[2][16];
+  uint8_t weights[2][2];  // of the digits of the lower and the upper byte, for A and for B
+};
+inline constexpr NormalDigits kNormalDigits{
+    {{6, 22, 34, 40, 53, 56, 65, 111, -6, -22, -34, -40, -53, -56, -65, -111},
+     {4, 5, 16, 25, 32, 40, 60, 125, -4, -5, -16, -25, -32, -40, -60, -125}},
+    {{37, 39}, {32, 40}}};
+inline constexpr float kNormalUnit = 0x1p-12f;
 
 struct NormalTables {
-#if UK_X86 && UK_BITS == 512
-  __m512 table[5];
+#if UK_X86 && UK_BITS >= 256
+#if UK_BITS == 512
+  using Bytes = __m512i;
+  static Bytes everywhere(__m128i x) { return _mm512_broadcast_i32x4(x); }
+  static Bytes everywhere(short x) { return _mm512_set1_epi16(x); }
+  static Bytes sums(Bytes entries, Bytes weights, Bytes digits) {
+    return _mm512_maddubs_epi16(weights, _mm512_shuffle_epi8(entries, digits));
+  }
+  static Bytes first_halves(Bytes x) { return _mm512_madd_epi16(x, _mm512_set1_epi32(1)); }
+#else
+  using Bytes = __m256i;
+  static Bytes everywhere(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+  static Bytes everywhere(short x) { return _mm256_set1_epi16(x); }
+  static Bytes sums(Bytes entries, Bytes weights, Bytes digits) {
+    return _mm256_maddubs_epi16(weights, _mm256_shuffle_epi8(entries, digits));
+  }
+  static Bytes first_halves(Bytes x) { return _mm256_madd_epi16(x, _mm256_set1_epi32(1)); }
+#endif
+  Bytes entries[2], weights[2];
   NormalTables() {
-    for (int i = 0; i < 5; ++i) table[i] = _mm512_broadcast_f32x8(_mm256_loadu_ps(kQuantiles[i]));
+    for (int i = 0; i < 2; ++i) {
+      entries[i] = everywhere(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNormalDigits.entries[i])));
+      weights[i] = everywhere(short(kNormalDigits.weights[i][0] | kNormalDigits.weights[i][1] << 8));
+    }
   }
-  Vec<float> look_up(int i, Word32 segment) const {
-    return (Vec<float>)_mm512_permutexvar_ps((__m512i)segment, table[i]);
-  }
-#elif UK_X86 && UK_BITS == 256
-  __m256 table[5];
-  NormalTables() {
-    for (int i = 0; i < 5; ++i) table[i] = _mm256_loadu_ps(kQuantiles[i]);
-  }
-  Vec<float> look_up(int i, Word32 segment) const {
-    return (Vec<float>)_mm256_permutevar8x32_ps(table[i], (__m256i)segment);
+
+  // Of the low and of the high half of each lane.
+  void normals(Word32 random, Vec<float>& low, Vec<float>& high) const {
+    typedef typename VectorOf<int32_t, kWords>::type Int;
+    typedef typename VectorOf<int16_t, 2 * kWords>::type Short;
+    const Word32 digits = random & 0x0f0f0f0fu, others = random >> 4 & 0x0f0f0f0fu;
+    const Short x = (Short)sums(entries[0], weights[0], (Bytes)digits) + (Short)sums(entries[1], weights[1], (Bytes)others);
+    low = __builtin_convertvector((Int)first_halves((Bytes)x), Vec<float>) * kNormalUnit;
+    high = __builtin_convertvector((Int)x >> 16, Vec<float>) * kNormalUnit;
   }
 #else
-  Vec<float> look_up(int i, Word32 segment) const {
-    Vec<float> out;
-    for (int lane = 0; lane < kWords; ++lane) out[lane] = kQuantiles[i][segment[lane] & 7];
-    return out;
+  static float normal(uint32_t random) {
+    int x = 0;
+    for (int d = 0; d < 4; ++d) x += kNormalDigits.weights[d % 2][d / 2] * kNormalDigits.entries[d % 2][random >> 4 * d & 15];
+    return float(x) * kNormalUnit;
+  }
+  void normals(Word32 random, Vec<float>& low, Vec<float>& high) const {
+    for (int lane = 0; lane < kWords; ++lane) {
+      low[lane] = normal(random[lane]);
+      high[lane] = normal(random[lane] >> 16);
+    }
   }
 #endif
-
-  // Of the low 16 bits of each lane; bit 15 is the sign.
-  Vec<float> normals(Word32 random) const {
-    typedef typename VectorOf<int32_t, kWords>::type Int;
-    const Vec<float> n = __builtin_convertvector((Int)(random & 0x7fffu), Vec<float>) + 0.5f;
-    const Word32 bits = (Word32)n, segment = bits >> 24;
-    const Vec<float> m = (Vec<float>)((bits & 0x00ffffffu) | 0x3f000000u);
-    Vec<float> x = look_up(4, segment);
-#pragma GCC unroll 4
-    for (int i = 3; i >= 0; --i) x = x * m + look_up(i, segment);
-    return (Vec<float>)((Word32)x ^ ((random << 16) & 0x80000000u));
-  }
 };
 
 // Low words of two vectors of calls, of even and of odd rows, as one vector of rows in order.
-inline Word32 interleave(Long even, Long odd) { return (Word32)((even & 0xffffffffu) | (odd << 32)); }
-
-// Coordinates 8 block ... 8 block + 7 of kLanes<float> rows from `row`; half h of word w is coordinate 2 w + h.
-inline void normals_of(const NormalTables& tables, uint64_t seed, int64_t row, int64_t block, Vec<float>* out) {
-  const Long index = Long{} + uint64_t(block);
-  const Counters even = random_words(first_lanes(row, 2), index, Purpose::normals, seed);
-  const Counters odd = random_words(first_lanes(row + 1, 2), index, Purpose::normals, seed);
-#pragma GCC unroll 4
-  for (int w = 0; w < 4; ++w) {
-    const Word32 word = interleave(even.word[w], odd.word[w]);
-    out[2 * w] = tables.normals(word);
-    out[2 * w + 1] = tables.normals(word >> 16);
-  }
+inline Word32 interleave(Long even, Long odd) {
+#if UK_X86 && UK_BITS == 512
+  return (Word32)_mm512_mask_mov_epi32((__m512i)even, 0xaaaa, (__m512i)(odd << 32));
+#elif UK_X86 && UK_BITS == 256
+  return (Word32)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+#else
+  return (Word32)((even & 0xffffffffu) | (odd << 32));
+#endif
 }
+
+// Calls (row, index, purpose) of many rows and indices. What the first two rounds have of the row alone is made once for
+// all indices, what they have of the index alone once for all lanes; keys are in lanes, where registers are too few.
+struct IndexRounds {
+  uint64_t first, second, product;
+  IndexRounds(uint64_t seed, uint64_t index) {
+    const uint64_t p1 = (index >> 32) * 0xCD9E8D57u;
+    product = uint64_t(uint32_t(p1 >> 32 ^ index ^ seed)) * 0xD2511F53u;
+    first = p1 ^ first_key(seed, 1);
+    second = product >> 32 ^ second_key(seed, 1);
+  }
+};
+struct LastKeys {
+  Long key[8][2];
+  explicit LastKeys(uint64_t seed) {
+    for (int i = 0; i < 8; ++i) {
+      key[i][0] = Long{} + first_key(seed, i + 2);
+      key[i][1] = Long{} + second_key(seed, i + 2);
+    }
+  }
+};
+struct RowRounds {
+  Long low, product;
+  RowRounds(uint64_t seed, Long rows, Purpose purpose)
+      : low(multiply_low(rows, 0xD2511F53u)),
+        product(multiply_low(low >> 32 ^ (uint64_t(purpose) ^ seed >> 32), 0xCD9E8D57u)) {}
+  Counters at(const IndexRounds& i, const LastKeys& keys) const {
+    Counters x{{product >> 32 ^ i.first, product, low ^ i.second, Long{} + i.product}};
+#pragma GCC unroll 8
+    for (int round = 0; round < 8; ++round) x = philox_round(x, keys.key[round][0], keys.key[round][1]);
+    return x;
+  }
+};
+
+// Coordinates 8 index ... 8 index + 7 of kLanes<float> rows; half h of word w is coordinate 2 w + h.
+struct NormalRows {
+  RowRounds even, odd;
+  NormalRows(uint64_t seed, int64_t row)
+      : even(seed, first_lanes(row, 2), Purpose::normals), odd(seed, first_lanes(row + 1, 2), Purpose::normals) {}
+
+  void at(const IndexRounds& index, const LastKeys& keys, const NormalTables& tables, Vec<float>* out) const {
+    const Counters a = even.at(index, keys), b = odd.at(index, keys);
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; ++w) tables.normals(interleave(a.word[w], b.word[w]), out[2 * w], out[2 * w + 1]);
+  }
+};
 
 // Panel source: outer is the row of P, depth the coordinate less `offset`, a multiple of 8.
 struct PhiloxNormals {
@@ -101,19 +158,23 @@ struct PhiloxNormals {
   [[gnu::noinline]] void pack(T* out, int64_t outer, int64_t outers, int64_t k, int64_t depth) const {
     constexpr int W = kLanes<float>;
     const NormalTables tables;
+    const LastKeys keys(seed);
     for (int64_t o = 0; o < outers; o += kStrip, out += kStrip * depth)
-      for (int lane = 0; lane < kStrip; lane += W)
+      for (int lane = 0; lane < kStrip; lane += W) {
+        const NormalRows rows(seed, outer + o + lane);
         for (int64_t step = 0; step < depth; step += kNormalBlock) {
           Vec<float> x[kNormalBlock];
-          normals_of(tables, seed, outer + o + lane, (offset + k + step) / kNormalBlock, x);
-          for (int64_t c = 0; c < kNormalBlock && step + c < depth; ++c) {
-            T* at = out + (step + c) * kStrip + lane;
-            if constexpr (std::is_same_v<T, float> && kStrip % W == 0)
-              store(at, x[c]);
-            else
-              for (int i = 0; i < W && lane + i < kStrip; ++i) at[i] = T(x[c][i]);
+          rows.at(IndexRounds(seed, uint64_t(offset + k + step) / kNormalBlock), keys, tables, x);
+          T* at = out + step * kStrip + lane;
+          if (std::is_same_v<T, float> && kStrip % W == 0 && step + kNormalBlock <= depth) {
+#pragma GCC unroll 8
+            for (int c = 0; c < kNormalBlock; ++c) store(reinterpret_cast<float*>(at) + c * kStrip, x[c]);
+            continue;
           }
+          for (int64_t c = 0; c < kNormalBlock && step + c < depth; ++c)
+            for (int i = 0; i < W && lane + i < kStrip; ++i) at[c * kStrip + i] = T(x[c][i]);
         }
+      }
   }
 };
 

@@ -15,13 +15,12 @@ _NORMALS, _TERMS, _DIAGONAL, _SIDES, _ROWS = 1, 2, 3, 4, 5  # the last word of t
 _LOW: Final = 0xFFFFFFFF
 _AT_ONCE: Final = 1 << 22
 
-# Quantiles of |x|, x standard normal, by segment of two octaves: coefficients of powers of the mantissa.
-QUANTILES: Final = (
-    (4.314798, 4.0180845, 3.6848116, 3.3194027, 2.9155838, 2.4612675, 1.9357704, 4.449272),
-    (-0.8358879, -0.96586967, -1.0704776, -1.1943226, -1.3631462, -1.6192158, -2.0608072, -0.24871235),
-    (0.5284388, 0.6428468, 0.7152309, 0.79211223, 0.8895036, 1.0223614, 1.1896623, 0.0),
-    (-0.19504431, -0.24653499, -0.27554646, -0.30499974, -0.3416312, -0.39156106, -0.46012053, 0.0),
-    (0.029552637, 0.038274374, 0.0428587, 0.04742859, 0.05306438, 0.060699213, 0.069306776, 0.0),
+# Of the four digits of a normal number, lowest first: entries without sign, times weights, searched for such as bring
+# all 65536 sums closest to the normal distribution.
+_FIRST, _SECOND = (6, 22, 34, 40, 53, 56, 65, 111), (4, 5, 16, 25, 32, 40, 60, 125)
+NORMAL_DIGITS: Final = tuple(
+    tuple(sign * weight * x / 4096 for sign in (1, -1) for x in entries)
+    for weight, entries in ((37, _FIRST), (32, _SECOND), (39, _FIRST), (40, _SECOND))
 )
 
 
@@ -31,16 +30,13 @@ def _words(row: Tensor, index: Tensor, purpose: int, seed: int) -> Words:
 
 
 def normal_of(random: Tensor) -> Tensor:
-    """Return a standard normal float32 for each integer of 16 bits: bit 15 is the sign, the rest a quantile."""
-    n = (random & 0x7FFF).float() + 0.5
-    bits = n.view(torch.int32)
-    segment = (bits >> 24 & 7).long()
-    m = (bits & 0x00FFFFFF | 0x3F000000).view(torch.float32)
-    table = torch.tensor(QUANTILES, dtype=torch.float32, device=random.device)
-    x = table[4][segment]
-    for row in table[:4].flip(0):
-        x = x * m + row[segment]
-    return torch.where(random & 0x8000 != 0, -x, x)
+    """Return a standard normal float32 for each integer of 16 bits: the sum of an entry for each of its 4-bit digits.
+
+    Entries are multiples of 1 / 4096 and sums less than 5, so that no addition rounds.
+    """
+    table = torch.tensor(NORMAL_DIGITS, dtype=torch.float32, device=random.device)
+    digits = [entries[(random >> 4 * i & 15).long()] for i, entries in enumerate(table)]
+    return digits[0] + digits[1] + digits[2] + digits[3]
 
 
 def normal_entries(rows: Tensor, cols: Tensor, seed: int) -> Tensor:

@@ -21,11 +21,11 @@ from unlearn_kernels.triton_kernels.common import (
     store_as,
 )
 from unlearn_kernels.triton_kernels.influence import RUN, Parts
-from unlearn_kernels.triton_kernels.influence_random import normal_entries, quantile_table, sign_entries
+from unlearn_kernels.triton_kernels.influence_random import digit_table, normal_entries, sign_entries
 
 _WARPS: Final = 8  # FMA products with operands in registers
 _STAGES: Final = (
-    1  # the table of quantiles stays in the L1 cache: copies ahead of time would only take shared memory
+    1  # the table of entries stays in the L1 cache: copies ahead of time would only take shared memory
 )
 _COORDINATES: Final = 128  # that a program of the transpose writes: those of one call for signs
 
@@ -56,7 +56,7 @@ def normal_kernel(
 
 
 def normal_project(g: Tensor, k: int, seed: int, offset: int) -> Tensor:
-    """The raw operator: g (B, dim) -> (B, k). The entries have 24 bits, so products are in fp32 (fp64 for fp64).
+    """The raw operator: g (B, dim) -> (B, k). The entries have 16 bits, so products are in fp32 (fp64 for fp64).
 
     Scratch: `parts * B * k` sums, at most 256 parts of at least 8192 coordinates each.
     """
@@ -68,9 +68,9 @@ def normal_project(g: Tensor, k: int, seed: int, offset: int) -> Tensor:
     parts = torch.empty(batch * k, split.shares, dtype=dtype, device=g.device)
     with on_device(g):
         normal_kernel[(split.programs,)](
-            g, quantile_table(g.device, dtype), parts, batch, dim, k, seed, offset, split.length, *g.stride(),
+            g, digit_table(g.device, dtype), parts, batch, dim, k, seed, offset, split.length, *g.stride(),
             split.row_tiles, split.col_tiles, split.shares, ROWS=split.rows, COLS=split.cols, RUN=RUN,
-            ACC=acc_dtype(dot_dtype(g)), **launch_options(_WARPS, _STAGES, fusion=False),
+            ACC=acc_dtype(dot_dtype(g)), **launch_options(_WARPS, _STAGES),
         )  # fmt: skip
     return (parts.sum(1, dtype=torch.float64) / k**0.5).to(dtype).view(batch, k)
 
@@ -109,12 +109,12 @@ def dense_adjoint(y: Tensor, dim: int, seed: int, offset: int, normal: bool) -> 
         return out.zero_()
     rows, col_tiles = block_size(batch, 64), triton.cdiv(dim, _COORDINATES)
     dot = acc if normal else dot_dtype(y)
-    table = quantile_table(y.device, out.dtype) if normal else None
+    table = digit_table(y.device, out.dtype) if normal else None
     with on_device(y):
         adjoint_kernel[(triton.cdiv(batch, rows) * col_tiles,)](
             y, table, out, batch, k, dim, seed, offset, *y.stride(), col_tiles,
             ROWS=rows, COLS=_COORDINATES, DEPTH=_adjoint_depth(dot), DOT=dot, ACC=acc, NORMAL=normal,
-            **launch_options(_WARPS, _STAGES, fusion=not normal),
+            **launch_options(_WARPS, _STAGES),
         )  # fmt: skip
     return out
 
@@ -132,7 +132,6 @@ def _normal_case(dtype: str, **more: Any) -> AotCase:
         num_warps=_WARPS,
         num_stages=_STAGES,
         multiples_of_16=("dim", "g_b", "length"),
-        fusion=False,
         **more,
     )
 
@@ -148,7 +147,6 @@ def _adjoint_case(dtype: str, normal: bool, **more: Any) -> AotCase:
         num_warps=_WARPS,
         num_stages=_STAGES,
         multiples_of_16=("outputs", "dim", "y_b"),
-        fusion=not normal,
         **more,
     )
 

@@ -1,7 +1,6 @@
 """Random numbers of the projections in registers: normal entries, signs, and where coordinates are hashed to.
 
-Counters and purposes are those of `unlearn_kernels.reference.sketches`. Kernels that make normal numbers are compiled
-with `fusion=False`: a product and a sum that round apart are what gives every backend the same bits.
+Counters and purposes are those of `unlearn_kernels.reference.sketches`.
 """
 
 import functools
@@ -11,17 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unlearn_kernels.reference.sketches import QUANTILES
+from unlearn_kernels.reference.sketches import NORMAL_DIGITS
 from unlearn_kernels.triton_kernels.common import philox_words
 
 
 @functools.cache
-def quantile_table(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The coefficients of `normal_of` on a device, made once: float32 numbers in any type.
+def digit_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The entries of `normal_of` on a device, made once: float32 numbers in any type.
 
     Triton 3.7 cannot make an operand of a float64 product for sm_80 and sm_90 out of what it has loaded as float32.
     """
-    return torch.tensor(QUANTILES, dtype=torch.float32, device=device).to(dtype)
+    return torch.tensor(NORMAL_DIGITS, dtype=torch.float32, device=device).to(dtype)
 
 
 @triton.jit
@@ -40,15 +39,12 @@ def four_in_order(a, b, c, d):
 
 @triton.jit
 def normal_of(random, table):
-    """A standard normal number in fp32 of the low 16 bits: bit 15 is the sign, the rest a quantile."""
-    n = (random & 0x7FFF).to(tl.float32) + 0.5
-    bits = n.to(tl.uint32, bitcast=True)
-    segment = ((bits >> 24) & 7).to(tl.int32)
-    m = ((bits & 0x00FFFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
-    x = tl.load(table + 32 + segment).to(tl.float32)
-    for i in tl.static_range(4):
-        x = x * m + tl.load(table + (24 - 8 * i) + segment).to(tl.float32)
-    return tl.where((random & 0x8000) != 0, -x, x)
+    """A standard normal number in fp32 of the low 16 bits: entries for four digits, whose sum never rounds."""
+    digits = random.to(tl.int32)
+    x = tl.load(table + (digits & 15)).to(tl.float32)
+    for i in tl.static_range(1, 4):
+        x += tl.load(table + 16 * i + ((digits >> (4 * i)) & 15)).to(tl.float32)
+    return x
 
 
 @triton.jit
