@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -285,3 +286,62 @@ def test_other_dtypes_of_hidden_states_are_refused():
         ValueError, match=r"hidden states must have the head's dtype, torch.float64, got torch.float32"
     ):
         linear(hidden().float())
+
+
+class _Pre(torch.autograd.Function):
+    """What ZeRO-3 puts on the output of every module."""
+
+    ran: ClassVar[list[int]] = []
+
+    @staticmethod
+    def forward(outputs):
+        return outputs.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.module = len(_Pre.ran)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _Pre.ran.append(ctx.module)
+        return grads
+
+
+def _gradients(loss, *changes):
+    linear, h = head(), hidden()
+    lazy_logits(nn.Sequential(), head=linear, strict=True)
+    z, parts = linear(h), (h, linear.weight, linear.bias)
+    for change in changes:
+        z = change(z)
+    return torch.autograd.grad(loss(z), parts)
+
+
+def test_deepspeeds_functions_and_hooks_reach_every_part(monkeypatch):
+    def halve(grad):
+        return grad / 2
+
+    def loss(z):
+        return F.cross_entropy(z[:, 1:].mT, LABELS[:, 1:], reduction="none").square().sum()
+
+    def hooked(z):
+        z.register_hook(halve).remove()
+        z.register_hook(halve)
+        return z
+
+    expected = _gradients(loss)
+    with pytest.raises(RuntimeError, match=r"_Pre.apply: lazy logits cannot go through an autograd function"):
+        _gradients(loss, _Pre.apply)
+    monkeypatch.setattr(_Pre, "__module__", "deepspeed.runtime.zero.parameter_offload")
+    monkeypatch.setattr(halve, "__module__", "deepspeed.runtime.utils", raising=False)
+    torch.testing.assert_close(_gradients(loss, _Pre.apply, _Pre.apply), expected)
+    assert len(_Pre.ran) == 2
+    halves = tuple(x / 2 for x in expected)
+    torch.testing.assert_close(_gradients(loss, hooked), halves)
+    torch.testing.assert_close(_gradients(loss, _Pre.apply, hooked), halves)
+
+
+def test_a_detached_handle_stays_detached():
+    with torch.no_grad():
+        constant = made().detach()
+    assert not constant.requires_grad
+    assert not constant[:, 1:].logsumexp(-1).requires_grad

@@ -68,7 +68,8 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
     computes from labels does the same. Everything else makes the tensor, once a handle, as eager PyTorch would.
 
     Writing to a handle works as long as nothing else would share its memory; otherwise it raises, because what a
-    view was written to could not be seen by what it is a view of. `register_hook` raises.
+    view was written to could not be seen by what it is a view of. `register_hook` and autograd functions raise, but for
+    those of FSDP2 and DeepSpeed.
 
     Logits are plain where they are small or no loss follows: one position a sequence, as in `generate()`, and
     while `torch.compile` traces the head (compile the body alone, `model.model.compile()`, and losses still fold).

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unlearn_kernels.token_loss.lazy.handle import watches
+from unlearn_kernels.token_loss.lazy.hung import watched, watches
 from unlearn_kernels.token_loss.lazy.pick import nll
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
@@ -47,7 +47,8 @@ class LazyLoss(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func.__name__ == "register_hook" and args[0].made is None and watches(args[-1]):
-            return args[0].rows.h.register_hook(args[-1])
+            args[0].rows, handle = watched(args[0].rows, args[-1])
+            return handle
         args, kwargs = _numbers((args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unlearn_kernels.token_loss.lazy.hung import through, watched, watches
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
 # By the names under which torch functions and methods arrive; NotImplemented is what a fold returns to pass.
@@ -97,16 +98,30 @@ class LazyLogits(Tensor):
     neither a fold nor metadata makes the tensor, once, or raises under `strict`.
 
     Attributes:
-        rows: what it stands for.
+        source: what it was detached from, where gradients are off: an autograd function may make it its output.
         fresh: whether nothing else shares its memory in eager PyTorch, so that it may be written to.
         made: the tensor, once it had to be made.
         written: whether `made` has been written to and counts in place of `rows`.
     """
 
-    rows: Rows
+    _rows: Rows
+    source: Rows | None
     fresh: bool
     made: Tensor | None
     written: bool
+
+    @property
+    def rows(self) -> Rows:
+        """What it stands for."""
+        if self.source is not None and self.grad_fn is not None:
+            source, self.source = self.source, None
+            with torch.enable_grad():
+                self._rows = through(source, self.grad_fn)
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: Rows) -> None:
+        self._rows, self.source = rows, None
 
     @classmethod
     def __torch_function__(
@@ -121,7 +136,8 @@ class LazyLogits(Tensor):
         lazy = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=is_lazy) if is_lazy(x)]
         if name in _HOOKS:
             if name == "register_hook" and watches(args[-1]):
-                return lazy[0].rows.h.register_hook(args[-1])
+                lazy[0].rows, handle = watched(lazy[0].rows, args[-1])
+                return handle
             raise RuntimeError(f"{name}: lazy logits never have a gradient; hook the hidden states")
         if not any(x.written for x in lazy):
             found = FOLDS[name](*args, **kwargs) if name in FOLDS else NotImplemented
@@ -181,11 +197,6 @@ def lazy(rows: Rows, fresh: bool = True) -> LazyLogits:
     made: Any = _Link.apply(rows, *parts) if linked else _bare(rows)
     made.rows, made.fresh, made.made, made.written = rows, fresh, None, False
     return made
-
-
-def watches(hook: Any) -> bool:
-    """Whether a hook is FSDP's, which waits for a backward to begin and hands its gradient on."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def view(of: LazyLogits, rows: Rows) -> LazyLogits:

@@ -225,7 +225,9 @@ def _clone(x: Any, **_: Any) -> Any:
 
 @folds("detach", "get.data")
 def _detach(x: Any, *_: Any) -> Any:
-    return view(x, x.rows.constant())
+    made, hanging = view(x, x.rows.constant()), not torch.is_grad_enabled() and x.requires_grad
+    made.source = x.rows if hanging else None
+    return made
 
 
 @folds("to")
