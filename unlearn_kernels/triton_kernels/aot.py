@@ -43,6 +43,7 @@ class AotCase:
         multiples_of_16: integer arguments that are divisible by 16, as aligned sizes and strides are.
         spills: whether the kernel may spill registers.
         tensor_cores: whether it must contain tensor-core instructions.
+        fusion: as the launcher passes it.
     """
 
     kernel: Any
@@ -54,6 +55,7 @@ class AotCase:
     multiples_of_16: tuple[str, ...] = ()
     spills: bool = False
     tensor_cores: bool = False
+    fusion: bool = True
 
     @property
     def name(self) -> str:
@@ -113,7 +115,7 @@ def compile_named(name: str, capability: int) -> Compiled:
 
 def compile_for(case: AotCase, capability: int) -> Compiled:
     """Compiles for compute capability 80, 90, 100, ..."""
-    options = launch_options(case.num_warps, case.num_stages)
+    options = launch_options(case.num_warps, case.num_stages, case.fusion)
     return measured(triton.compile(source(case), target=GPUTarget("cuda", capability, 32), options=options))
 
 

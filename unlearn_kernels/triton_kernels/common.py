@@ -65,9 +65,12 @@ class Tile(NamedTuple):
         return launch_options(self.num_warps, self.num_stages)
 
 
-def launch_options(num_warps: int = 4, num_stages: int = 2) -> dict[str, Any]:
-    """Keyword arguments of a launch. FMA contraction is stated because its default differs by version."""
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+def launch_options(num_warps: int = 4, num_stages: int = 2, fusion: bool = True) -> dict[str, Any]:
+    """Keyword arguments of a launch. FMA contraction is stated because its default differs by version.
+
+    Without `fusion` products and sums round apart, except inside `tl.dot`.
+    """
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion}
 
 
 def block_size(size: int, most: int, least: int = 16) -> int:
