@@ -33,8 +33,8 @@ uint32_t by_bytes(const uint8_t* bytes, int64_t size, uint32_t state) {
 
 #if UK_X86_VARIANTS
 
-// What a carry-less product of 64 bits has to be taken with to move them by `bits`. The product of two reflected numbers
-// is one place short, and the factor itself stands 31 places higher.
+// What a carry-less product of 64 bits has to be taken with to move them by `bits`. The product of two reflected
+// numbers is one place short, and the factor itself stands 31 places higher.
 constexpr int64_t factor(int bits) {
   uint32_t r = 0x80000000u;
   for (int n = 0; n < bits - 32; ++n) r = times_x(r);
