@@ -93,9 +93,7 @@ class NewShard:
         """Of the rows, without what goes with them."""
         return self._files[0].size
 
-    def add(
-        self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: Sequence[Any] | None
-    ) -> None:
+    def add(self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: Sequence[Any] | None) -> None:
         """Append rows, some and their squared norms after the other: all or, with an exception, none."""
         before, sqnorms = [(file.size, file.crc) for file in self._files], []
         try:
