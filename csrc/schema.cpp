@@ -98,8 +98,8 @@ STABLE_TORCH_LIBRARY(unlearn_kernels, m) {
   m.def(
       "scan_codes(Tensor codes, Tensor query_scales, Tensor rows, Tensor scales, int block, int k, bool nibbles, "
       "int ends) -> (Tensor, Tensor)");
-  // Rows as a store keeps them: bits 32 or 16 (floats), 8 or 4 (integers, with a scale for every `block` columns), 0 none;
-  // float64 squared norms. unbiased: rounded at random by the numbers of rows `first`, first + 1, ...
+  // Rows as a store keeps them: bits 32 or 16 (floats), 8 or 4 (integers, with a scale for every `block` columns), 0
+  // none; float64 squared norms. unbiased: rounded at random by the numbers of rows `first`, first + 1, ...
   m.def(
       "encode_rows(Tensor x, int bits, int block, bool unbiased, int seed, int first) -> (Tensor, Tensor, Tensor)");
   m.def("topk(Tensor queries, Tensor rows, int k, bool largest) -> (Tensor, Tensor)");

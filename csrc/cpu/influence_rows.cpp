@@ -33,8 +33,8 @@ std::tuple<int64_t, ScalarType> columns_of(Coding coding, int64_t width) {
 }  // namespace
 
 // x (n, D), any strides -> rows (n, columns), scales (n, blocks) float32, squared norms (n,) float64.
-std::tuple<Tensor, Tensor, Tensor> encode_rows(const Tensor& x, int64_t bits, int64_t block, bool unbiased, int64_t seed,
-                                               int64_t first) {
+std::tuple<Tensor, Tensor, Tensor> encode_rows(const Tensor& x, int64_t bits, int64_t block, bool unbiased,
+                                               int64_t seed, int64_t first) {
   STD_TORCH_CHECK(x.dim() == 2, "encode_rows: x must have 2 dimensions, got ", x.dim());
   STD_TORCH_CHECK(2 <= block && block <= kMostColumns && block % 2 == 0,
                   "encode_rows: block must be even and between 2 and ", kMostColumns, ", got ", block);

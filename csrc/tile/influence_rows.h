@@ -9,9 +9,9 @@ enum class Coding { none, f32, bf16, bytes, nibbles };
 
 constexpr int64_t kMostColumns = 256;  // that share a scale
 
-// x (count, width). Integers are x / scale + levels + 1 with the greatest magnitude of a block levels * scale, rounded
-// to the nearest or, `unbiased`, by the random numbers of rows `first`, first + 1, ... A block that is not finite has the
-// scale NaN.
+// x (count, width). Integers are x / scale + levels + 1 with the greatest magnitude of a block levels * scale,
+// rounded to the nearest or, `unbiased`, by the random numbers of rows `first`, first + 1, ... A block that is not
+// finite has the scale NaN.
 struct EncodeRows {
   Operand x;
   int64_t count, width;

@@ -1,5 +1,5 @@
-// The largest of some magnitudes, NaN where one is not finite: bits of magnitudes are ordered as they are, NaN and infinity
-// above all others.
+// The largest of some magnitudes, NaN where one is not finite: bits of magnitudes are ordered as they are, NaN and
+// infinity above all others.
 namespace UK_ISA {
 
 inline float magnitude_of(const float* x, int64_t n) {

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,18 +81,19 @@ class NewShard:
         self._ids: list[Tensor] = []
         self._sqnorms: list[Tensor] = []
         self._metadata: list[Any] = []
+        self._rows, self._noted = 0, False
         self._finished: ShardInfo | None = None
         self.closed = False  # takes no more rows
 
     def __len__(self) -> int:
-        return sum(len(x) for x in self._ids)
+        return self._rows
 
     @property
     def bytes(self) -> int:
         """Of the rows, without what goes with them."""
         return self._files[0].size
 
-    def add(self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: list[Any]) -> None:
+    def add(self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: Sequence[Any] | None) -> None:
         """Append rows, some and their squared norms after the other: all or, with an exception, none."""
         before, sqnorms = [(file.size, file.crc) for file in self._files], []
         try:
@@ -106,7 +107,9 @@ class NewShard:
             raise
         self._ids.append(ids)
         self._sqnorms += sqnorms
-        self._metadata += metadata
+        self._rows += len(ids)
+        self._metadata += [None] * len(ids) if metadata is None else metadata
+        self._noted |= metadata is not None and any(x is not None for x in metadata)
 
     def finish(self) -> ShardInfo:
         """Bring it to disk under its name. After an exception it may be tried again."""
@@ -120,7 +123,7 @@ class NewShard:
             "ids.bin": write(self._temporary / "ids.bin", *map(bytes_of, self._ids)),
             "sqnorms.bin": write(self._temporary / "sqnorms.bin", *map(bytes_of, self._sqnorms)),
         }
-        if any(x is not None for x in self._metadata):
+        if self._noted:
             content = json.dumps(self._metadata).encode()
             files["metadata.json"] = write(self._temporary / "metadata.json", content)
         sync_folder(self._temporary)

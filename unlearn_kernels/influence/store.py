@@ -169,8 +169,7 @@ class GradientStore:
             self.flush()
         if self._pending is None:
             self._pending = self._new_shard()
-        notes = [None] * n if metadata is None else list(metadata)
-        self._pending.add(self._encoded(rows.detach(), written), ids.clone(), notes)
+        self._pending.add(self._encoded(rows.detach(), written), ids.clone(), metadata)
         if self._pending.bytes >= _SHARD_BYTES:
             self.flush()
 
