@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from unlearn_kernels._files import Growing, write
+from unlearn_kernels._loader import have_C
 from unlearn_kernels.influence import GradientStore, StoreError, _scan, merge
 from unlearn_kernels.influence._codes import decode, encode
 from unlearn_kernels.influence._shards import Manifest
@@ -328,6 +329,29 @@ def test_few_queries_find_what_many_find(tmp_path: Path, dtype: str, width: int)
         few = store.topk(queries[:count], 301)
         there = many.values[:count].gather(1, many.indices[:count].argsort(1))
         assert relative_error(few.values.gather(1, few.indices.argsort(1)), there) < 1e-6
+
+
+@pytest.mark.skipif(not have_C, reason="needs the compiled extension")
+@pytest.mark.parametrize("nibbles", [False, True])
+@pytest.mark.parametrize(("width", "block"), [(1, 2), (130, 128), (601, 6), (1100, 128), (1300, 256)])
+def test_coded_scores_are_exact(nibbles: bool, width: int, block: int) -> None:
+    """Whole numbers and scales of powers of two: to the bit, in tiles of any number of queries, whole blocks or not."""
+    blocks, n = -(-width // block), 203
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randint(0, 16 if nibbles else 256, (n, width), generator=generator)
+    scales = 2.0 ** torch.randint(-1, 3, (n, blocks), generator=generator)
+    decoded = (rows - (8 if nibbles else 128)) * scales.double().repeat_interleave(block, 1)[:, :width]
+    even = torch.nn.functional.pad(rows, (0, width % 2), value=8)
+    coded = (even[:, ::2] | even[:, 1::2] << 4 if nibbles else rows).byte()
+    for count in (9, 16, 17, 24, 25, 100, 200):
+        codes = torch.randint(-40, 41, (count, width), generator=generator)
+        arguments = (codes.short(), torch.ones(count), coded.contiguous(), scales, block)
+        values, indices = torch.ops.unlearn_kernels.scan_codes(*arguments, n, nibbles, 3)
+        scores = codes.double() @ decoded.T
+        for end, down in enumerate((True, False)):
+            exact = scores.sort(dim=1, descending=down, stable=True)
+            assert torch.equal(values[end].double(), exact.values)
+            assert torch.equal(indices[end], exact.indices)
 
 
 def test_large_rows_are_synchronised_in_parts(tmp_path: Path) -> None:
