@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ class Outcome:
     note: str = ""
 
 
+def _tests_of(patterns: Sequence[str]) -> tuple[str, ...]:
+    """The choice of tests: `influence.topk/small` asks for those of influence, `gramian/*` for those of gramian."""
+    words = [found.group() for pattern in patterns if (found := re.search(r"\w+", pattern))]
+    return ("-k", " or ".join(dict.fromkeys(words))) if words else ()
+
+
 def _processes() -> tuple[str, ...]:
     """Most of a test's time is Triton's compiler: as many at once as there are cores, if pytest can."""
     if importlib.util.find_spec("xdist") is None:
@@ -68,7 +75,7 @@ def steps(patterns: Sequence[str], results: Path) -> list[Step]:
     """The run on a device. Limits leave the benchmarks time whatever happens before."""
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer")
-    chosen = ("-k", " or ".join(patterns)) if patterns else ()
+    chosen = _tests_of(patterns)
     race = (
         "-m",
         "benchmarks",
@@ -99,7 +106,7 @@ def steps(patterns: Sequence[str], results: Path) -> list[Step]:
 def dry_steps(patterns: Sequence[str]) -> list[Step]:
     """The run without a device."""
     python = sys.executable
-    chosen = ("-k", " or ".join(patterns)) if patterns else ()
+    chosen = _tests_of(patterns)
     return [
         Step("launches", (python, "-m", "benchmarks.launches", *patterns)),
         Step("diagnosis", (python, "-m", "unlearn_kernels")),

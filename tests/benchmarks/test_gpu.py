@@ -129,6 +129,14 @@ def test_every_command_of_a_run_exists(tmp_path: Path) -> None:
             )
 
 
+def test_patterns_choose_tests_by_family_or_operator() -> None:
+    tests = {s.name: s.command for s in gpu.dry_steps(["influence.topk/small", "gramian/*", "influence"])}[
+        "tests"
+    ]
+    assert tests[tests.index("-k") + 1] == "influence or gramian"
+    assert "-k" not in gpu.dry_steps([])[-1].command
+
+
 @pytest.mark.slow
 def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
