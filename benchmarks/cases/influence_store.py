@@ -195,7 +195,7 @@ def _coded(Q: int, N: int, D: int, k: int, dtype: str) -> Callable[[str], Codes]
         from unlearn_kernels.influence import _codes
 
         rows = testing.randn(N, D, seed=2, device="cpu")
-        coded = (x.to(device) for x in _codes.encode(rows, dtype, _BLOCK))
+        coded = (x.to(device) for x in _codes.encode(rows, dtype, _BLOCK)[0])
         return Codes(testing.randn(Q, D, seed=1, device=device), rows.to(device), k, *coded, dtype)
 
     return make
