@@ -20,7 +20,7 @@ build: $(VENV)/.built ## make .venv and compile the extensions in place
 demo: $(VENV)/.demo $(VENV)/.built ## forget a module on the CPU, with the kernels and without (ARGS="--module json")
 	$(BIN)/python examples/forget_a_module.py $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.built ## the test suite, and the documentation's examples (ARGS="-k surgery")
+test: $(VENV)/.peers $(VENV)/.built ## the test suite, and the documentation's examples (ARGS="-k surgery")
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.built ## every benchmark against its peers (ARGS="surgery --threads 1")
@@ -55,6 +55,10 @@ $(VENV)/.torch: requirements/torch.txt | $(BIN)/python
 
 $(VENV)/.%: requirements/%.txt requirements/build.txt requirements/demo.txt $(VENV)/.torch
 	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.peers: requirements/peers.txt $(VENV)/.test
+	$(PIP) install --no-deps -r $<
 	@touch $@
 
 # The stamp bears the time at which the build began: what was saved meanwhile is built by the next call.

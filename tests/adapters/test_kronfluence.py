@@ -1,5 +1,7 @@
 """`unlearn_adapters.kronfluence`: factors and scores of Kronfluence's own Analyzer with it and without it."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,14 @@ from kronfluence.module.tracker.factor import CovarianceTracker, LambdaTracker
 from unlearn_adapters import kronfluence as ours
 
 N, T, WIDTH, CLASSES = 21, 5, 6, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """Kronfluence collects garbage twice a stage: not over all that imports have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Reads(nn.Module):
