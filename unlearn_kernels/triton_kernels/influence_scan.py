@@ -45,7 +45,7 @@ def code_score_kernel(
         for c in tl.static_range(CHUNKS):
             byte = n * block_bytes + c * DEPTH
             inside = row_inside[:, None] & (k < row_bytes - byte)[None, :]
-            code = tl.load(row_at + byte, mask=inside, other=0)
+            code = tl.load(row_at + byte, mask=inside, other=0).to(tl.uint8)
             at = query_at + (n * CHUNKS + c) * DEPTH
             if NIBBLES:
                 even, odd = (code & 15).to(tl.int8) - 8, (code >> 4).to(tl.int8) - 8
@@ -54,7 +54,7 @@ def code_score_kernel(
             else:
                 signed = (code ^ 128).to(tl.int8, bitcast=True)  # code - 128
                 high, low = add_halves(high, low, signed, at, apart, query_inside)
-        scale = tl.load(scale_at + n, mask=row_inside, other=0.0)
+        scale = tl.load(scale_at + n, mask=row_inside, other=0.0).to(tl.float32)
         acc = tl.fma((high * 128 + low).to(tl.float32), tl.broadcast_to(scale[:, None], (ROWS, QUERIES)), acc)
     to = out + query[None, :] * ld + row[:, None]
     index = first + row[:, None]
@@ -64,9 +64,10 @@ def code_score_kernel(
 @triton.jit
 def add_halves(high, low, x, at, apart, query_inside):
     """The two sums with the products of x and the high and low halves of the queries at `at`."""
-    y = tl.load(at, mask=query_inside[None, :], other=0)
-    z = tl.load(at + apart, mask=query_inside[None, :], other=0)
-    return tl.dot(x, y, high, out_dtype=tl.int32), tl.dot(x, z, low, out_dtype=tl.int32)
+    y = tl.load(at, mask=query_inside[None, :], other=0).to(tl.int8)
+    z = tl.load(at + apart, mask=query_inside[None, :], other=0).to(tl.int8)
+    high = tl.dot(x, y, high, input_precision="ieee", out_dtype=tl.int32)
+    return high, tl.dot(x, z, low, input_precision="ieee", out_dtype=tl.int32)
 
 
 class Blocks(NamedTuple):
