@@ -55,7 +55,7 @@ def through(rows: Rows, node: Any) -> Rows:
     Raises:
         RuntimeError: if the function is none of DeepSpeed's, which are identities: it may do anything.
     """
-    function = node._forward_cls
+    function = getattr(node, "_forward_cls", type(node))
     if not function.__module__.startswith(_TRUSTED):
         raise RuntimeError(
             f"{function.__name__}.apply: lazy logits cannot go through an autograd function; give it .dense()"
