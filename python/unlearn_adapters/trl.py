@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from unlearn_kernels.token_loss import lazy_logits, linear_nll, linear_stats
 
-_before: list[Any] = []
+_before: dict[str, Any] = {}
 _NAME = "_ChunkedLogProbFunction"
+_COMPACT = "_use_triton"
 _OPTIONAL = "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"
 
 Fields = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -45,7 +46,7 @@ class LogProbs:
         cap = None if softcap is None else softcap / temperature
         # No operator has these; and a head that ZeRO-3 gathers is gone when backward would compute logits again.
         if {"log_sum_sq_probs", "mean_logits"} & set(outputs) or hasattr(weight, "ds_id"):
-            return _before[0].apply(
+            return _before[_NAME].apply(
                 hidden, weight, bias, labels, temperature, chunk_size, softcap, logit_scale, outputs
             )
         options: dict[str, Any] = {"bias": bias, "scale": logit_scale / temperature, "softcap": cap}
@@ -60,6 +61,8 @@ class LogProbs:
 def install() -> None:
     """Puts these kernels under TRL's fused head. A second call does nothing.
 
+    Positions without a label are left out before the product on every device; TRL computes them where it has no Triton.
+
     Raises:
         ImportError: if this TRL has no fused head: use `lazy_logits` with it.
     """
@@ -68,14 +71,15 @@ def install() -> None:
     utils = importlib.import_module("trl.trainer.utils")
     if not hasattr(utils, _NAME):
         raise ImportError("this version of TRL has no fused head: call lazy_logits(model) instead")
-    _before.append(getattr(utils, _NAME))
-    setattr(utils, _NAME, LogProbs)
+    for name, ours in ((_NAME, LogProbs), (_COMPACT, lambda device: True)):
+        _before[name] = getattr(utils, name)
+        setattr(utils, name, ours)
 
 
 def uninstall() -> None:
     """Puts TRL's own back."""
-    if _before:
-        setattr(importlib.import_module("trl.trainer.utils"), _NAME, _before.pop())
+    for name in tuple(_before):
+        setattr(importlib.import_module("trl.trainer.utils"), name, _before.pop(name))
 
 
 def sequence_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,8 +1,4 @@
-"""TRL's fused head, by a stub with its names; and DPO against the loss written out.
-
-TRL 1.16.0 itself agrees, run by hand on Llama and Gemma-2: it needs datasets and pyarrow, 280 MB that CI does not
-install.
-"""
+"""TRL's fused head, by a stub with its names and by TRL itself; and DPO against the loss written out."""
 
 import sys
 from types import ModuleType
@@ -41,6 +37,7 @@ def utils(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     module = sys.modules["trl.trainer.utils"]
     module._ChunkedLogProbFunction = Plain
+    module._use_triton = lambda device: False
     yield module
     trl.uninstall()
 
@@ -87,6 +84,54 @@ def test_versions_without_a_fused_head(utils):
     with pytest.raises(ImportError, match="lazy_logits"):
         trl.install()
     utils._ChunkedLogProbFunction = Plain
+
+
+def llama():
+    shape = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads))
+
+
+def gemma():
+    shape = {
+        "vocab_size": 37,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 2.0}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape, **heads))
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("outputs", [("log_probs",), OUTPUTS, ("log_probs", "mean_logits")])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_trls_own_models(make, outputs, labelled, monkeypatch):
+    theirs = pytest.importorskip("trl.trainer.utils")
+    torch.manual_seed(0)
+    model = make().eval()
+    theirs.add_fused_lm_head(model, temperature=0.7, outputs=outputs)
+    ids = torch.randint(37, (3, 9))
+    labels = torch.where((torch.arange(9) > 4) & labelled, ids, -100)
+
+    def found() -> tuple[dict[str, Tensor], list[Tensor]]:
+        made = model(ids, labels=labels, fused_lm_head=True)
+        grads = torch.autograd.grad(made.loss + made.log_probs.square().sum(), tuple(model.parameters()))
+        return {name: x for name, x in made.items() if x is not None}, list(grads)
+
+    expected, rows, fused = found(), [], trl.LogProbs.apply
+    monkeypatch.setattr(
+        trl.LogProbs, "apply", lambda hidden, *rest: rows.append(len(hidden)) or fused(hidden, *rest)
+    )
+    trl.install()
+    try:
+        actual = found()
+    finally:
+        trl.uninstall()
+    assert rows == [3 * 4 * labelled]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert theirs._use_triton(torch.device("cpu")) is False
 
 
 def test_dpo():
