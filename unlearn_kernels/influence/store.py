@@ -350,8 +350,7 @@ class GradientStore:
 
         Returns:
             Scores, ids and row numbers, on the CPU; equal scores by row number, NaN above every number. Integers of a
-            store are multiplied as integers, with queries of 14 bits; a CUDA device then rounds as the CPU does
-            for more than 8 queries.
+            store are multiplied as integers, with queries of 14 bits; a CUDA device then rounds as the CPU does.
 
         Raises:
             ValueError: if `queries` or `k` do not fit.
