@@ -68,20 +68,20 @@ struct NormalTables {
     }
   }
 
-  // Of the low and of the high half of each lane.
+  // Of the low and of the high half of each lane, in units of kNormalUnit.
   void normals(Word32 random, Vec<float>& low, Vec<float>& high) const {
     typedef typename VectorOf<int32_t, kWords>::type Int;
     typedef typename VectorOf<int16_t, 2 * kWords>::type Short;
     const Word32 digits = random & 0x0f0f0f0fu, others = random >> 4 & 0x0f0f0f0fu;
     const Short x = (Short)sums(entries[0], weights[0], (Bytes)digits) + (Short)sums(entries[1], weights[1], (Bytes)others);
-    low = __builtin_convertvector((Int)first_halves((Bytes)x), Vec<float>) * kNormalUnit;
-    high = __builtin_convertvector((Int)x >> 16, Vec<float>) * kNormalUnit;
+    low = __builtin_convertvector((Int)first_halves((Bytes)x), Vec<float>);
+    high = __builtin_convertvector((Int)x >> 16, Vec<float>);
   }
 #else
   static float normal(uint32_t random) {
     int x = 0;
     for (int d = 0; d < 4; ++d) x += kNormalDigits.weights[d % 2][d / 2] * kNormalDigits.entries[d % 2][random >> 4 * d & 15];
-    return float(x) * kNormalUnit;
+    return float(x);
   }
   void normals(Word32 random, Vec<float>& low, Vec<float>& high) const {
     for (int lane = 0; lane < kWords; ++lane) {
@@ -92,14 +92,20 @@ struct NormalTables {
 #endif
 };
 
-// Low words of two vectors of calls, of even and of odd rows, as one vector of rows in order.
-inline Word32 interleave(Long even, Long odd) {
+// Rows row + 0 1 4 5 8 9 ... in the lanes: theirs and those of row + 2 are in order after `join`.
+inline Long pair_lanes(int64_t row) {
+  const Long lane = first_lanes(0, 1);
+  return lane + (lane & ~uint64_t(1)) + uint64_t(row);
+}
+
+// Low words of two vectors of calls, pairs of lanes in turns.
+inline Word32 join(Long first, Long second) {
 #if UK_X86 && UK_BITS == 512
-  return (Word32)_mm512_mask_mov_epi32((__m512i)even, 0xaaaa, (__m512i)(odd << 32));
+  return (Word32)_mm512_shuffle_ps((__m512)first, (__m512)second, 0x88);
 #elif UK_X86 && UK_BITS == 256
-  return (Word32)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+  return (Word32)_mm256_shuffle_ps((__m256)first, (__m256)second, 0x88);
 #else
-  return (Word32)((even & 0xffffffffu) | (odd << 32));
+  return __builtin_shuffle((Word32)first, (Word32)second, Word32{0, 2, 4, 6});
 #endif
 }
 
@@ -107,6 +113,7 @@ inline Word32 interleave(Long even, Long odd) {
 // all indices, what they have of the index alone once for all lanes; keys are in lanes, where registers are too few.
 struct IndexRounds {
   uint64_t first, second, product;
+  IndexRounds() = default;
   IndexRounds(uint64_t seed, uint64_t index) {
     const uint64_t p1 = (index >> 32) * 0xCD9E8D57u;
     product = uint64_t(uint32_t(p1 >> 32 ^ index ^ seed)) * 0xD2511F53u;
@@ -136,16 +143,18 @@ struct RowRounds {
   }
 };
 
-// Coordinates 8 index ... 8 index + 7 of kLanes<float> rows; half h of word w is coordinate 2 w + h.
+// Coordinates 8 index ... 8 index + 7 of kLanes<float> rows, in units of kNormalUnit; half h of word w is coordinate
+// 2 w + h.
 struct NormalRows {
-  RowRounds even, odd;
+  RowRounds first, second;
   NormalRows(uint64_t seed, int64_t row)
-      : even(seed, first_lanes(row, 2), Purpose::normals), odd(seed, first_lanes(row + 1, 2), Purpose::normals) {}
+      : first(seed, pair_lanes(row), Purpose::normals), second(seed, pair_lanes(row + 2), Purpose::normals) {}
 
-  void at(const IndexRounds& index, const LastKeys& keys, const NormalTables& tables, Vec<float>* out) const {
-    const Counters a = even.at(index, keys), b = odd.at(index, keys);
+  [[gnu::always_inline]] void at(const IndexRounds& index, const LastKeys& keys, const NormalTables& tables,
+                                 Vec<float>* out) const {
+    const Counters a = first.at(index, keys), b = second.at(index, keys);
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) tables.normals(interleave(a.word[w], b.word[w]), out[2 * w], out[2 * w + 1]);
+    for (int w = 0; w < 4; ++w) tables.normals(join(a.word[w], b.word[w]), out[2 * w], out[2 * w + 1]);
   }
 };
 
@@ -168,11 +177,11 @@ struct PhiloxNormals {
           T* at = out + step * kStrip + lane;
           if (std::is_same_v<T, float> && kStrip % W == 0 && step + kNormalBlock <= depth) {
 #pragma GCC unroll 8
-            for (int c = 0; c < kNormalBlock; ++c) store(reinterpret_cast<float*>(at) + c * kStrip, x[c]);
+            for (int c = 0; c < kNormalBlock; ++c) store(reinterpret_cast<float*>(at) + c * kStrip, x[c] * kNormalUnit);
             continue;
           }
           for (int64_t c = 0; c < kNormalBlock && step + c < depth; ++c)
-            for (int i = 0; i < W && lane + i < kStrip; ++i) at[c * kStrip + i] = T(x[c][i]);
+            for (int i = 0; i < W && lane + i < kStrip; ++i) at[c * kStrip + i] = T(x[c][i] * kNormalUnit);
         }
       }
   }

@@ -136,6 +136,17 @@ def test_nan_stays_in_its_sample(kind: str) -> None:
     assert p(g[:0]).shape == (0, 64)
 
 
+def test_normal_samples_have_the_same_bits_in_every_tile() -> None:
+    """Register tiles of both heights, batches above one tile's samples, and a last strip that is not whole."""
+    p, g = Projection(600, 41, "gaussian", SEED), randn(203, 600)
+    y = p(g)
+    assert relative_error(y, p(g.double())) < 1e-6
+    for rows in range(1, 15):
+        assert torch.equal(p(g[:rows]), y[:rows])
+    assert torch.equal(p(g[190:]), y[190:])
+    assert p(torch.full((3, 600), 1e36)).isfinite().all()
+
+
 def test_normal_entries_have_the_same_bits() -> None:
     """The projection of a unit vector is a column of P: no addition is left that could differ."""
     p = Projection(300, 64, "gaussian", SEED)

@@ -316,6 +316,9 @@ def test_few_queries_find_what_many_find(tmp_path: Path, dtype: str, width: int)
         few = store.topk(queries[:count], 301)
         there = many.values[:count].gather(1, many.indices[:count].argsort(1))
         assert relative_error(few.values.gather(1, few.indices.argsort(1)), there) < 1e-6
+        if dtype.startswith("int") and have_C:
+            assert torch.equal(few.values, many.values[:count])
+            assert torch.equal(few.indices, many.indices[:count])
 
 
 @pytest.mark.skipif(not have_C, reason="needs the compiled extension")
@@ -330,7 +333,7 @@ def test_coded_scores_are_exact(nibbles: bool, width: int, block: int) -> None:
     decoded = (rows - (8 if nibbles else 128)) * scales.double().repeat_interleave(block, 1)[:, :width]
     even = torch.nn.functional.pad(rows, (0, width % 2), value=8)
     coded = (even[:, ::2] | even[:, 1::2] << 4 if nibbles else rows).byte()
-    for count in (9, 16, 17, 24, 25, 100, 200):
+    for count in (1, 5, 9, 16, 17, 24, 25, 100, 200):
         codes = torch.randint(-40, 41, (count, width), generator=generator)
         arguments = (codes.short(), torch.ones(count), coded.contiguous(), scales, block)
         values, indices = torch.ops.unlearn_kernels.scan_codes(*arguments, n, nibbles, 3)
@@ -339,6 +342,27 @@ def test_coded_scores_are_exact(nibbles: bool, width: int, block: int) -> None:
             exact = scores.sort(dim=1, descending=down, stable=True)
             assert torch.equal(values[end].double(), exact.values)
             assert torch.equal(indices[end], exact.indices)
+
+
+@pytest.mark.skipif(not have_C, reason="needs the compiled extension")
+@pytest.mark.parametrize("nibbles", [False, True])
+@pytest.mark.parametrize(("width", "block"), [(1, 2), (1152, 128), (1100, 128), (1300, 256), (601, 6)])
+def test_few_queries_have_the_scores_of_many(nibbles: bool, width: int, block: int) -> None:
+    """To the bit, with any scales and the greatest codes, in any number of rows."""
+    blocks, n = -(-width // block), 203
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randint(0, 256, (n, (width + 1) // 2 if nibbles else width), generator=generator).byte()
+    codes = torch.randint(-8191, 8192, (20, width), generator=generator).short()
+    rows[3], rows[4], codes[0], codes[1] = 255, 0, 8191, -8191
+    scales = torch.rand(n, blocks, generator=generator)
+    scan, ones = torch.ops.unlearn_kernels.scan_codes, torch.ones(20)
+    values, indices = scan(codes, ones, rows, scales, block, n, nibbles, 3)
+    for begin, end in ((0, 1), (1, 4), (0, 8)):
+        few = scan(codes[begin:end], ones[begin:end], rows, scales, block, n, nibbles, 3)
+        assert torch.equal(few[0], values[:, begin:end])
+        assert torch.equal(few[1], indices[:, begin:end])
+    part = scan(codes[:1], ones[:1], rows[:11], scales[:11].contiguous(), block, 11, nibbles, 1)[0]
+    assert all(value in values[0, 0] for value in part.flatten())
 
 
 def test_large_rows_are_synchronised_in_parts(tmp_path: Path) -> None:

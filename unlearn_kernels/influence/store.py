@@ -380,7 +380,7 @@ class GradientStore:
         Returns:
             Scores, ids and row numbers, on the CPU; equal scores by row number, NaN above every number. Integers of a
             store are multiplied as integers, with queries of 14 bits, bfloat16 rows with queries rounded to it; a
-            CUDA device then rounds integers as the CPU does for more than 8 queries.
+            CUDA device then rounds integers as the CPU does.
 
         Raises:
             ValueError: if `queries` or `k` do not fit.

@@ -100,8 +100,9 @@ def linear_kl(
         RuntimeError: if a gradient is differentiated again.
 
     Scratch for N rows, in elements of the accumulation type: `N (d + d') + N V / 24` forward; backward besides
-    `2 N d`, a block of logits, 8 MB or N x 384, and 4 MB of `W`; in one sweep of R rows at a time `R (3 d + d' + 2 V)`
-    and 4 MB of `W`, R the largest of N / 6 (at most 256), 128 (at most N / 4), 32, and what 8 MB hold.
+    `2 N d`, a block of logits, 8 MB or N x 384, and `256 d` of `W`; in one sweep of R rows at a time
+    `R (3 d + d' + 2 V)` and `256 d` of `W`, R the largest of N / 6 (at most 256), 128 (at most N / 4), 32, and what
+    8 MB hold.
 
     Sources: Maini et al. 2024 (TOFU, arXiv 2401.06121), Zhang et al. 2024 (NPO, arXiv 2404.05868).
     """

@@ -200,8 +200,8 @@ def linear_nll(
         RuntimeError: if a gradient is differentiated again.
 
     Scratch on the CPU for N rows that count, in elements of the accumulation type: `N d + N V / 96` forward;
-    `3 N d`, a block of logits, 8 MB or N x 384, 4 MB of `W`, and what the budget keeps, backward; in one sweep of R
-    rows at a time `R (3 d + V)` and 4 MB of `W`; V with a bias; under 1 MB a thread. R is the largest of N / 6 (at
+    `3 N d`, a block of logits, 8 MB or N x 384, `256 d` of `W`, and what the budget keeps, backward; in one sweep of R
+    rows at a time `R (3 d + V)` and `256 d` of `W`; V with a bias; under 1 MB a thread. R is the largest of N / 6 (at
     most 512), 128 (at most N / 2), 64, and what 8 MB hold, in equal parts of whole registers.
 
     Sources: Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009); Hsu et al. 2024 (Liger Kernel,
