@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import IO, Any, Final
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -126,10 +127,12 @@ def check_size(path: Path, size: int) -> None:
     Raises:
         StoreError: if it is missing or has another.
     """
-    if not path.is_file():
-        raise StoreError(f"{path} is missing")
-    if path.stat().st_size != size:
-        raise StoreError(f"{path} is truncated or foreign: {path.stat().st_size} bytes, {size} expected")
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing") from error
+    if found != size:
+        raise StoreError(f"{path} is truncated or foreign: {found} bytes, {size} expected")
 
 
 def check_bytes(path: Path, size: int, crc: int) -> None:
@@ -156,12 +159,26 @@ def mapped(path: Path, kind: Any, shape: tuple[int, ...]) -> Tensor:
     check_size(path, int(np.prod(shape)) * kind.itemsize)
     if 0 in shape:
         return torch.from_numpy(np.zeros(shape, kind))
-    # Copy-on-write: torch takes no read-only memory, and nothing here writes.
-    return torch.from_numpy(np.memmap(path, kind, "c", shape=shape))
+    try:
+        # Copy-on-write: torch takes no read-only memory, and nothing here writes.
+        return torch.from_numpy(np.memmap(path, kind, "c", shape=shape))
+    except FileNotFoundError as error:  # taken away since its size was looked at
+        raise StoreError(f"{path} is missing") from error
+
+
+_locks: "WeakSet[IO[str]]" = WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in tuple(_locks):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def locked(folder: Path) -> IO[str]:
-    """Keeps other writers away for as long as the file is open.
+    """Keeps other writers away for as long as the file is open, which it is in no process that is forked from this one.
 
     Raises:
         StoreError: if another process writes.
@@ -172,4 +189,5 @@ def locked(folder: Path) -> IO[str]:
     except OSError as error:
         lock.close()
         raise StoreError(f"{folder} is open for writing elsewhere") from error
+    _locks.add(lock)
     return lock

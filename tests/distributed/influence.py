@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unlearn_kernels.influence import Ends, Found, GradientStore, InfluenceCollector, Projection, RankedStore
+from unlearn_kernels.influence import (
+    Ends,
+    Found,
+    GradientStore,
+    InfluenceCollector,
+    Projection,
+    RankedStore,
+    StoreError,
+)
 from unlearn_kernels.testing import randn, relative_error
 
 ROWS, WIDTH = 150, 33
@@ -71,6 +79,25 @@ def check_search(dtype: str, rows: Tensor, k: int) -> None:
             many.topk(queries, wrong)
 
 
+def check_changes() -> None:
+    """Stores that changed by themselves are counted anew; what one rank may not do, none does."""
+    folder, rank, world = shared_folder(), dist.get_rank(), dist.get_world_size()
+    store = filled(
+        folder / f"{rank:05d}", "float32", randn(4, WIDTH, seed=rank), torch.arange(4) + 10 * rank, 1
+    )
+    many = RankedStore(store)
+    store.delete([10 * rank] if rank else [])
+    assert many.ids().tolist() == [10 * r + n for r in range(world) for n in range(4) if r == 0 or n]
+    queries = randn(2, WIDTH)
+    assert many.topk(queries, 4 + 3 * (world - 1)).ids.sort().values[0].tolist() == many.ids().tolist()
+    if rank:
+        store.close()
+        many.store = GradientStore.open(store.path)
+    with pytest.raises(StoreError, match=r"open for writing on all ranks, got \[1, 0"):
+        many.delete([1])
+    assert len(many.ids()) == 4 + 3 * (world - 1)
+
+
 def check_collection() -> None:
     """Each process collects its share; together they have what one process has."""
     folder, rank, world = shared_folder(), dist.get_rank(), dist.get_world_size()
@@ -100,4 +127,5 @@ def check() -> None:
     missing = randn(ROWS, WIDTH)
     missing[5, 3], missing[ROWS - 1, 0] = float("nan"), float("inf")
     check_search("float32", missing, 7)
+    check_changes()
     check_collection()

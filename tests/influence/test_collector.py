@@ -244,11 +244,14 @@ def test_refusals(tmp_path: Path) -> None:
     model, x = small()
     projection = Projection(size(model), 16)
     one = collector(tmp_path / "s", model, projection)
+    parts = layer_projections(model, 16)
+    ordered = InfluenceCollector.store(tmp_path / "parts", model, parts)
+    raw = InfluenceCollector.store(tmp_path / "raw", model, None)
     for call, message in (
         (lambda: one.collect(x, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: one.collect(x, flush_every=0), "flush_every must be at least 1, got 0"),
-        (lambda: one.collect(x, items=[1, 1]), r"items must be different numbers in \[0, 50\)"),
-        (lambda: one.collect(x, items=[50]), "items must be different"),
+        (lambda: one.collect(x, items=[1, 1]), "items must be different numbers, got 1 more than once"),
+        (lambda: one.collect(x, items=[3, 50]), r"items must be in \[0, 50\), got 50"),
         (lambda: one.collect(x, collate=lambda b: torch.stack(b[:-1])), "collate must keep the 32 samples"),
         (
             lambda: InfluenceCollector(model, Projection(size(model), 8), one.into, loss=squares),
@@ -259,6 +262,14 @@ def test_refusals(tmp_path: Path) -> None:
             "store must hold rows of projection .*seed=1",
         ),
         (lambda: InfluenceCollector(model, {}, one.into, loss=squares), "projection must not be empty"),
+        (
+            lambda: InfluenceCollector(model, dict(reversed(parts.items())), ordered, loss=squares),
+            "store must hold rows of projection",
+        ),
+        (
+            lambda: InfluenceCollector(model, Projection(size(model), size(model)), raw, loss=squares),
+            "store must hold rows of projection .*, got None",
+        ),
         (lambda: layer_projections(model, 12), "k must be a power of two, got 12"),
         (lambda: layer_projections(model, 8, "two_sided"), "k must be a power of four, got 8"),
         (lambda: layer_projections(nn.LayerNorm(3), 8, vectors=False), "require grad"),

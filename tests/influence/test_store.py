@@ -100,11 +100,11 @@ def test_blocks_on_a_device_do_not_matter(
     queries[3] = 0
 
     def search() -> list[torch.Tensor]:
-        found = store._search(queries, 60, ends, None, None)
+        found, _ = store.unscaled(queries, 60, ends, None, None)
         return [x for end in found for x in end]
 
     def few(
-        parts: tuple[torch.Tensor, ...], device: torch.device
+        parts: tuple[torch.Tensor, ...], device: torch.device, kept: None
     ) -> Iterator[tuple[int, list[torch.Tensor]]]:
         for first in range(0, len(parts[0]), 37):
             yield first, [part[first : first + 37] for part in parts]
@@ -218,19 +218,6 @@ def test_a_reader_that_comes_while_shards_are_compacted(
     known = iter([before, before, after, after])
     monkeypatch.setattr(Manifest, "read", staticmethod(lambda folder: next(known)))
     assert GradientStore.open(store.path).ids().tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-
-
-def test_a_stale_reader_of_metadata_is_told(tmp_path: Path) -> None:
-    with GradientStore.create(tmp_path / "store", 4) as store:
-        store.append(randn(2, 4), metadata=["a", "b"])
-        store.flush()
-        reader = GradientStore.open(store.path)
-        store.delete([0])
-        store.compact()
-    with pytest.raises(StoreError, match=r"metadata\.json is missing"):
-        reader.row_metadata()
-    reader.refresh()
-    assert reader.row_metadata() == ["b"]
 
 
 def test_a_writer_clears_away_its_own_kind_only(tmp_path: Path) -> None:
@@ -449,7 +436,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_argument_errors(tmp_path: Path) -> None:
     for arguments, message in (
-        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"width": 0}, "width must be an integer of at least 1, got 0"),
+        ({"width": 4.5}, "width must be an integer of at least 1, got 4.5"),
         ({"width": 4, "dtype": "int2"}, "dtype must be one of"),
         ({"width": 4, "block": 3}, "block must be even"),
     ):
@@ -460,7 +448,10 @@ def test_argument_errors(tmp_path: Path) -> None:
         GradientStore.create(tmp_path / "store", 4)
     for call, message in (
         (lambda: store.append(torch.zeros(2, 5)), r"rows must be \(n, 4\)"),
-        (lambda: store.append(torch.zeros(2, 4), torch.zeros(3)), "ids and metadata must have 2 elements"),
+        (lambda: store.append(torch.zeros(2, 4), torch.arange(3)), "ids must have 2 elements, got 3"),
+        (lambda: store.append(torch.zeros(2, 4), metadata=[1]), "metadata must have 2 elements, got 1"),
+        (lambda: next(store.scores(torch.zeros(2, 4), size=0)), "size must be at least 1, got 0"),
+        (lambda: merge([], 3), "parts must hold at least one result"),
         (lambda: store.topk(torch.zeros(2, 4), 11), "k must be between 0 and 10 rows, got 11"),
         (lambda: store.topk(torch.zeros(4), 1), r"queries must be \(Q, 4\)"),
     ):

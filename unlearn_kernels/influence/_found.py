@@ -14,6 +14,10 @@ class Found(NamedTuple):
     ids: Tensor
     indices: Tensor
 
+    def scaled(self, scales: Tensor) -> "Found":
+        """With scores multiplied by a number of each query, (Q,)."""
+        return self._replace(values=self.values * scales[:, None])
+
 
 class Ends(NamedTuple):
     """The rows with the largest and with the smallest scores."""
@@ -29,9 +33,14 @@ def merge(parts: Sequence[Found], k: int, *, largest: bool = True) -> Found:
         parts: results in the order of their row numbers: for shards on ranks, the numbers made global first.
         k: how many to keep.
         largest: which end the parts are of.
+
+    Raises:
+        ValueError: if there is none.
     """
-    if len(parts) == 1 and not bool((parts[0].values[:, 1:] == parts[0].values[:, :-1]).any()):
-        return Found(*(x[:, :k] for x in parts[0]))  # in order, and no two that rounding has made equal
+    if not parts:
+        raise ValueError("parts must hold at least one result, got none")
+    if len(parts) == 1:
+        return Found(*(x[:, :k] for x in parts[0]))
     values, ids, indices = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     order = indices.argsort(dim=1, stable=True)
     values, ids, indices = (x.gather(1, order) for x in (values, ids, indices))

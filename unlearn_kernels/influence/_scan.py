@@ -1,6 +1,6 @@
 """One shard of a store against queries."""
 
-from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +8,11 @@ from torch import Tensor
 from unlearn_kernels import _ops
 from unlearn_kernels._loader import have_C
 from unlearn_kernels.influence import _codes
-from unlearn_kernels.influence._shards import Shard
+from unlearn_kernels.influence._shards import Manifest, Shard
 from unlearn_kernels.influence._streaming import blocks_on
 from unlearn_kernels.reference import influence as reference
+
+_FEW: Final = 128  # deleted rows that are searched with the others and left out of what is found
 
 
 def _fake_rows(queries: Tensor, rows: Tensor, k: int, ends: int) -> tuple[Tensor, Tensor]:
@@ -53,59 +55,64 @@ def products(queries: Tensor, rows: Tensor) -> Tensor:
     return _ops.raw("linear_grads")(rows.T[None], queries.T[None], False)[0][0]
 
 
-def on_a_scanner(queries: Tensor) -> Tensor:
-    """The queries where rows can be scanned: on their CUDA device if kernels run there, otherwise on the CPU."""
-    return queries if queries.is_cuda and _ops.no_triton_kernels() is None else queries.cpu()
+class Scanned(NamedTuple):
+    """Queries as rows of a store are multiplied by them, on the device where that is done, and scales (Q,)."""
+
+    queries: Tensor
+    scales: Tensor
 
 
-def scan_shard(shard: Shard, queries: Tensor, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
-    """Values (Q, at most k) and rows of the shard, for each end that is asked for (1 largest, 2 smallest, 3 both).
+def scanned_by(queries: Tensor, manifest: Manifest) -> Scanned:
+    """Queries (Q, D) for a store: on their CUDA device if kernels run there, otherwise on the CPU."""
+    here = queries if queries.is_cuda and _ops.no_triton_kernels() is None else queries.cpu()
+    if _codes.is_coded(manifest.dtype) and have_C:
+        return Scanned(*_codes.query_codes(here))
+    # Rounded as rows are, for products of one type.
+    dtype = torch.bfloat16 if manifest.dtype == "bfloat16" and have_C else torch.float32
+    return Scanned(here.to(dtype), here.new_ones(len(here), dtype=torch.float32))
+
+
+def scan_shard(shard: Shard, of: Scanned, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
+    """Values (Q, at most k), unscaled, and rows of the shard, for each end asked for (1 largest, 2 smallest, 3 both).
 
     Where the queries are; rows are brought there a block after the other.
     """
-    most = min(shard.info.rows, k + shard.info.deleted_rows)
-    found = _kernel(shard, queries, most, ends) if have_C else _plain(shard, queries, most, ends)
+    gone, left = shard.info.deleted_rows, shard.info.rows - shard.info.deleted_rows
+    if left == 0:
+        none = of.queries.new_zeros(len(of.queries), 0, dtype=torch.int64)
+        return [(none.float(), none)] * len(_ends(ends))
+    if gone > max(k, _FEW):
+        kept = shard.kept.to(of.queries.device)
+        return [(values, kept[rows]) for values, rows in _found(shard, of, min(k, left), ends, shard.kept)]
+    found = _found(shard, of, min(shard.info.rows, k + gone), ends, None)
     return [_without_deleted(shard, values, rows, k) for values, rows in found]
 
 
-def _kernel(shard: Shard, queries: Tensor, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
-    manifest = shard.manifest
-    if not _codes.is_coded(manifest.dtype):
-        same = queries.to(shard.rows.dtype)
-
-        def scan(rows: Tensor, _: Tensor, most: int) -> tuple[Tensor, Tensor]:
-            found: tuple[Tensor, Tensor] = _ops.raw("scan_rows")(same, rows, most, ends)
-            return found
-
-        return _over_blocks(shard, queries.device, k, ends, scan)
-    codes, scales = _codes.query_codes(queries)
-    ones = torch.ones_like(scales)
-
-    def scan_coded(rows: Tensor, row_scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        how = (manifest.block, most, manifest.dtype == "int4", ends)
-        found: tuple[Tensor, Tensor] = _ops.raw("scan_codes")(codes, ones, rows, row_scales, *how)
-        return found
-
-    # Scaled at the end: scores that rounding makes equal would be ordered by another rule.
-    best = _over_blocks(shard, queries.device, k, ends, scan_coded)
-    return [(values * scales[:, None], rows) for values, rows in best]
-
-
-def _over_blocks(
-    shard: Shard,
-    device: torch.device,
-    k: int,
-    ends: int,
-    scan: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
-) -> list[tuple[Tensor, Tensor]]:
-    """The best of what `scan` finds in each block of rows that is brought to the device; on the CPU there is one."""
-    best: tuple[Tensor, Tensor] | None = None
-    for first, (rows, scales) in blocks_on((shard.rows, shard.scales), device):
-        values, indices = scan(rows, scales, min(k, len(rows)))
+def _found(shard: Shard, of: Scanned, k: int, ends: int, kept: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """The k best of the rows of a shard, or of those that are kept, by their number among them."""
+    if not have_C:
+        rows = shard.decoded(slice(None) if kept is None else kept).to(of.queries.device)
+        return [reference.topk(of.queries, rows, k, end == 1) for end in _ends(ends)]
+    manifest, best = shard.manifest, None
+    how = (manifest.block, manifest.dtype == "int4")
+    for first, (rows, scales) in blocks_on((shard.rows, shard.scales), of.queries.device, kept):
+        values, indices = _scan(of.queries, rows, scales, min(k, len(rows)), ends, *how)
         found = (values, indices + first if first else indices)
         best = found if best is None else _best(best, found, k, ends)
     assert best is not None
     return list(zip(*best, strict=True))
+
+
+def _scan(
+    queries: Tensor, rows: Tensor, scales: Tensor, k: int, ends: int, block: int, nibbles: bool
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor]
+    if queries.is_floating_point():
+        found = _ops.raw("scan_rows")(queries, rows, k, ends)
+    else:
+        ones = scales.new_ones(len(queries))
+        found = _ops.raw("scan_codes")(queries, ones, rows, scales, block, k, nibbles, ends)
+    return found
 
 
 def _best(
@@ -120,11 +127,6 @@ def _best(
 
 def _ends(ends: int) -> list[int]:
     return [end for end in (1, 2) if ends & end]
-
-
-def _plain(shard: Shard, queries: Tensor, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
-    rows = shard.decoded(slice(None)).to(queries.device)
-    return [reference.topk(queries, rows, k, end == 1) for end in _ends(ends)]
 
 
 def _without_deleted(shard: Shard, values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ from unlearn_kernels.influence._codes import Coded
 FORMAT: Final = "unlearn_kernels.gradient_store"
 VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
+_METADATA: Final = "metadata.json"
+_SHARD: Final = re.compile(r"\d{8}(\.tmp)?")
+_SHARD_FILE: Final = re.compile(r"(rows|scales|ids|sqnorms|deleted-\d+)\.bin|metadata\.json")
 _TYPES: Final[dict[str, tuple[Any, torch.dtype]]] = {
     "float32": (np.dtype("<f4"), torch.float32),
     "bfloat16": (np.dtype("<i2"), torch.bfloat16),
@@ -41,7 +45,7 @@ class ShardInfo:
 
 @dataclass
 class Manifest:
-    """All that a store is, but its arrays. `rows_written` counts those that are gone, too: ids go on from it."""
+    """All that a store is, but its arrays. `rows_written` counts those that are gone; `next_id` is above all ids."""
 
     width: int
     dtype: str
@@ -49,6 +53,7 @@ class Manifest:
     unbiased: bool
     next_shard: int = 0
     rows_written: int = 0
+    next_id: int = 0
     shards: list[ShardInfo] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -80,8 +85,9 @@ class NewShard:
         self._files = [Growing(self._temporary / file) for file in ("rows.bin", "scales.bin")]
         self._ids: list[Tensor] = []
         self._sqnorms: list[Tensor] = []
-        self._metadata: list[Any] = []
+        self._metadata: list[str] = []
         self._rows, self._noted = 0, False
+        self.next_id = 0  # above all ids
         self._finished: ShardInfo | None = None
         self.closed = False  # takes no more rows
 
@@ -95,6 +101,7 @@ class NewShard:
 
     def add(self, parts: Iterable[tuple[Coded, Tensor]], ids: Tensor, metadata: Sequence[Any] | None) -> None:
         """Append rows, some and their squared norms after the other: all or, with an exception, none."""
+        notes = ["null"] * len(ids) if metadata is None else [_as_json(n, x) for n, x in enumerate(metadata)]
         before, sqnorms = [(file.size, file.crc) for file in self._files], []
         try:
             for coded, norms in parts:
@@ -108,8 +115,9 @@ class NewShard:
         self._ids.append(ids)
         self._sqnorms += sqnorms
         self._rows += len(ids)
-        self._metadata += [None] * len(ids) if metadata is None else metadata
-        self._noted |= metadata is not None and any(x is not None for x in metadata)
+        self.next_id = max(self.next_id, int(ids.max()) + 1)
+        self._metadata += notes
+        self._noted |= any(x != "null" for x in notes)
 
     def finish(self) -> ShardInfo:
         """Bring it to disk under its name. After an exception it may be tried again."""
@@ -124,8 +132,8 @@ class NewShard:
             "sqnorms.bin": write(self._temporary / "sqnorms.bin", *map(bytes_of, self._sqnorms)),
         }
         if self._noted:
-            content = json.dumps(self._metadata).encode()
-            files["metadata.json"] = write(self._temporary / "metadata.json", content)
+            content = f"[{', '.join(self._metadata)}]".encode()
+            files[_METADATA] = write(self._temporary / _METADATA, content)
         sync_folder(self._temporary)
         os.rename(self._temporary, self.folder / self.name)
         self._finished = ShardInfo(self.name, len(self), files)
@@ -133,13 +141,20 @@ class NewShard:
         return self._finished
 
 
-def write_deleted(folder: Path, shard: ShardInfo, rows: Tensor) -> None:
-    """Names a new file of deleted rows in `shard`; the one before stays for those who read it."""
+def _as_json(n: int, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be JSON, got element {n}: {value!r:.99} ({error})") from error
+
+
+def with_deleted(folder: Path, shard: ShardInfo, rows: Tensor) -> ShardInfo:
+    """The shard with a new file of deleted rows; the one before stays for those who read it."""
     name = f"deleted-{len(rows)}.bin"
-    shard.files[name] = write(folder / shard.name / name, bytes_of(rows))
-    if shard.deleted is not None and shard.deleted != name:
-        del shard.files[shard.deleted]
-    shard.deleted, shard.deleted_rows = name, len(rows)
+    files = {file: known for file, known in shard.files.items() if file != shard.deleted}
+    files[name] = write(folder / shard.name / name, bytes_of(rows))
+    sync_folder(folder / shard.name)
+    return replace(shard, files=files, deleted=name, deleted_rows=len(rows))
 
 
 class Shard:
@@ -159,6 +174,12 @@ class Shard:
         self.sqnorms = self._array("sqnorms.bin", np.dtype("<f8"), (rows,))
         gone = self._array(info.deleted, np.dtype("<i8"), (info.deleted_rows,)) if info.deleted else None
         self.deleted = torch.zeros(0, dtype=torch.int64) if gone is None else gone.clone()
+        if len(self.deleted) and not 0 <= int(self.deleted.min()) <= int(self.deleted.max()) < rows:
+            raise _files.StoreError(
+                f"{self.folder / str(info.deleted)} is damaged: it names rows beyond {rows}"
+            )
+        size = info.files.get(_METADATA, [0])[0]
+        self._notes = self._array(_METADATA, np.dtype("u1"), (size,)) if size else None
 
     def _array(self, name: str, kind: Any, shape: tuple[int, ...]) -> Tensor:
         return _files.mapped(self.folder / name, kind, shape)
@@ -176,10 +197,9 @@ class Shard:
 
     def metadata(self) -> list[Any]:
         """What was given with each row, or None."""
-        if "metadata.json" not in self.info.files:
+        if self._notes is None:
             return [None] * self.info.rows
-        _files.check_size(self.folder / "metadata.json", self.info.files["metadata.json"][0])
-        return list(json.loads((self.folder / "metadata.json").read_bytes()))
+        return list(json.loads(bytes(self._notes.numpy())))
 
     def decoded(self, rows: slice | Tensor) -> Tensor:
         """Rows as float32."""
@@ -216,6 +236,10 @@ def clear_unnamed(folder: Path, manifest: Manifest) -> None:
     """Removes shards that a killed writer left without naming them in the manifest; nobody else's folders."""
     named = {info.name for info in manifest.shards}
     for child in folder.iterdir():
-        stem = child.name.removesuffix(".tmp")
-        if child.is_dir() and len(stem) == 8 and stem.isdigit() and child.name not in named:
+        if child.name not in named and _is_shard(child):
             shutil.rmtree(child)
+
+
+def _is_shard(folder: Path) -> bool:
+    named = _SHARD.fullmatch(folder.name) is not None and folder.is_dir()
+    return named and all(_SHARD_FILE.fullmatch(file.name) for file in folder.iterdir())

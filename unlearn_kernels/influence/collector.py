@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -80,9 +81,9 @@ class InfluenceCollector:
         width = row_width(self.gradients.parameters, projection)
         if store.width != width:
             raise ValueError(f"store must have rows of {width} numbers, got {store.width}")
-        known = store.metadata.get("projection")
-        if known is not None and known != described(projection):
-            raise ValueError(f"store must hold rows of projection {described(projection)}, got {known}")
+        ours, known = described(projection), store.metadata
+        if "projection" in known and known["projection"] != ours:
+            raise ValueError(f"store must hold rows of projection {ours}, got {known['projection']}")
         self.into = store
 
     @staticmethod
@@ -181,6 +182,7 @@ class InfluenceCollector:
             StoreError: if the store is not open for writing.
         """
         wanted = self._wanted(dataset, items, batch_size, flush_every)
+        self.into.flush()
         known = set(self.into.ids().tolist())
         left = [i for i in wanted if i not in known]
         before, added = len(wanted) - len(left), 0
@@ -212,8 +214,11 @@ class InfluenceCollector:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         size = len(dataset)
         wanted = list(range(size)) if items is None else [int(i) for i in items]
-        if len(set(wanted)) != len(wanted) or any(not 0 <= i < size for i in wanted):
-            raise ValueError(f"items must be different numbers in [0, {size})")
+        if outside := [i for i in wanted if not 0 <= i < size]:
+            raise ValueError(f"items must be in [0, {size}), got {outside[0]}")
+        if len(set(wanted)) != len(wanted):
+            twice = next(i for i, count in Counter(wanted).items() if count > 1)
+            raise ValueError(f"items must be different numbers, got {twice} more than once")
         return wanted
 
 
@@ -251,16 +256,16 @@ def row_width(parameters: Mapping[str, nn.Parameter], projection: Projected) -> 
 
 
 def described(projection: Projected) -> Any:
-    """A projection as JSON: equal for those that give the same rows."""
+    """A projection as JSON: equal for those that give the same rows, which a mapping puts together in its order."""
     if projection is None:
         return None
     if isinstance(projection, Projection):
         return repr(projection)
-    return {
-        name: repr(p) if isinstance(p, Projection) else [_checksum(p.left), _checksum(p.right)]
+    return [
+        [name, repr(p) if isinstance(p, Projection) else [_checksum(p.left), _checksum(p.right)]]
         for name, p in projection.items()
-    }
+    ]
 
 
-def _checksum(x: Tensor) -> int:
-    return zlib.crc32(x.detach().cpu().double().contiguous().numpy().tobytes())
+def _checksum(x: Tensor) -> list[int]:
+    return [*x.shape, zlib.crc32(x.detach().cpu().double().contiguous().numpy().tobytes())]

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unlearn_kernels.influence._found import Ends, Found, merge
-from unlearn_kernels.influence.store import GradientStore, Preconditioner, Progress
+from unlearn_kernels.influence.store import GradientStore, Preconditioner, Progress, StoreError
 
 
 class RankedStore:
@@ -28,7 +28,7 @@ class RankedStore:
         group: the processes, by default all.
 
     Attributes:
-        counts: rows of each rank, as of the beginning or the last `refresh` or `delete`.
+        counts: rows of each rank, as of the last call.
 
     Raises:
         ValueError: if widths differ.
@@ -40,7 +40,7 @@ class RankedStore:
         widths = self._numbers(store.width)
         if len(set(widths)) != 1:
             raise ValueError(f"store must have one width on all ranks, got {widths}")
-        self.counts = self._numbers(len(store))
+        self._count()
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -48,6 +48,10 @@ class RankedStore:
     def refresh(self) -> None:
         """Take in what was flushed on any rank."""
         self.store.refresh()
+        self._count()
+
+    def _count(self) -> None:
+        """Stores may have changed by themselves since the last call."""
         self.counts = self._numbers(len(self.store))
 
     def _device(self) -> torch.device:
@@ -65,6 +69,7 @@ class RankedStore:
 
     def _columns(self, mine: Tensor) -> Tensor:
         """The ranks' (..., n) beside one another, each with rows of its own number."""
+        self._count()
         padded = torch.nn.functional.pad(mine, (0, max(self.counts) - mine.shape[-1]))
         parts = self._exchanged(padded)
         return torch.cat([part[..., :n] for part, n in zip(parts, self.counts, strict=True)], dim=-1)
@@ -120,11 +125,7 @@ class RankedStore:
 
         Exchanged: `24 B * Q k` a rank.
         """
-        own = self._own(k)
-        found = self.store.topk(
-            queries, own, largest=largest, preconditioner=preconditioner, progress=progress
-        )
-        return self._merged([found], k, [largest])[0]
+        return self._merged(queries, k, 1 if largest else 2, preconditioner, progress)[0]
 
     def ends(
         self,
@@ -135,15 +136,21 @@ class RankedStore:
         progress: Progress | None = None,
     ) -> Ends:
         """Do what `topk` does for the largest and the smallest, in one scan and one exchange."""
-        found = self.store.ends(queries, self._own(k), preconditioner=preconditioner, progress=progress)
-        return Ends(*self._merged(list(found), k, [True, False]))
+        return Ends(*self._merged(queries, k, 3, preconditioner, progress))
 
-    def _own(self, k: int) -> int:
+    def _merged(
+        self,
+        queries: Tensor,
+        k: int,
+        ends: int,
+        preconditioner: Preconditioner | None,
+        progress: Progress | None,
+    ) -> list[Found]:
+        self._count()
         if not 0 <= k <= len(self):
             raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
-        return min(k, self.counts[self.rank])
-
-    def _merged(self, found: list[Found], k: int, largest: list[bool]) -> list[Found]:
+        own = min(k, self.counts[self.rank])
+        found, scales = self.store.unscaled(queries, own, ends, preconditioner, progress)
         kept = [min(k, n) for n in self.counts]
         first = sum(self.counts[: self.rank])
         # Values go as their bits, so that all is one exchange.
@@ -151,21 +158,24 @@ class RankedStore:
             [torch.stack([f.values.view(torch.int32).long(), f.ids, f.indices + first]) for f in found]
         )
         parts = self._exchanged(torch.nn.functional.pad(mine, (0, max(kept) - mine.shape[-1])))
-        return [
-            merge(
-                [_unpacked(part[end, ..., :n]) for part, n in zip(parts, kept, strict=True)], k, largest=side
-            )
-            for end, side in enumerate(largest)
+        merged = [
+            merge([_unpacked(part[n, ..., :m]) for part, m in zip(parts, kept, strict=True)], k, largest=side)
+            for n, side in enumerate([True, False] if ends == 3 else [ends == 1])
         ]
+        return [end.scaled(scales) for end in merged]
 
     def delete(self, ids: Tensor) -> int:
         """Take the rows of these ids out of every rank's store. Returns how many there were.
 
         Raises:
-            StoreError: if a store is not open for writing.
+            ValueError: if `ids` are no integers.
+            StoreError: on all ranks, before anything is deleted, if a store is not open for writing.
         """
+        writable = self._numbers(int(self.store.writable))
+        if not all(writable):
+            raise StoreError(f"store must be open for writing on all ranks, got {writable}")
         count = sum(self._numbers(self.store.delete(ids)))
-        self.counts = self._numbers(len(self.store))
+        self._count()
         return count
 
 

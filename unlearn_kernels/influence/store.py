@@ -1,6 +1,5 @@
 """A store of gradient rows on disk: appended to, searched and thinned out."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,15 +13,16 @@ from unlearn_kernels._files import StoreError, locked
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import FORMATS, Format
 from unlearn_kernels.influence._found import Ends, Found, merge, nothing
-from unlearn_kernels.influence._scan import on_a_scanner, products, scan_shard
+from unlearn_kernels.influence._scan import products, scan_shard, scanned_by
 from unlearn_kernels.influence._shards import (
+    MANIFEST,
     Manifest,
     NewShard,
     Shard,
     ShardInfo,
     clear_unnamed,
     read_store,
-    write_deleted,
+    with_deleted,
 )
 
 Preconditioner = Tensor | Callable[[Tensor], Tensor]
@@ -76,16 +76,21 @@ class GradientStore:
         """
         if dtype not in FORMATS:
             raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, got {dtype!r}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
-        if not (2 <= block <= 256 and block % 2 == 0):
+        if width < 1 or width != int(width):
+            raise ValueError(f"width must be an integer of at least 1, got {width}")
+        if block not in range(2, 257, 2):
             raise ValueError(f"block must be even and between 2 and 256, got {block}")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise FileExistsError(f"path must be empty, got {folder}")
-        Manifest(width, dtype, block, unbiased, metadata=metadata or {}).write(folder)
-        return cls.open(folder, write=True)
+        _empty(folder)  # before a lock file is left in a folder that is somebody's
+        lock = locked(folder)
+        try:
+            _empty(folder)
+            Manifest(int(width), dtype, int(block), unbiased, metadata=metadata or {}).write(folder)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(folder, lock)
 
     @classmethod
     def open(cls, path: str | PathLike[str], *, write: bool = False) -> "GradientStore":
@@ -109,7 +114,7 @@ class GradientStore:
 
     def close(self) -> None:
         """Flush and let others write."""
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.closed:
             self.flush()
             self._lock.close()
             self._lock = None
@@ -133,21 +138,33 @@ class GradientStore:
         return sum(info.rows - info.deleted_rows for info in self._manifest.shards)
 
     def refresh(self) -> None:
-        """Take in what was flushed since the store was opened."""
+        """Take in what was flushed since the store was opened; a writer, which knows of it, flushes."""
+        if self.writable:
+            self.flush()
+        self._reload()
+
+    def _reload(self) -> None:
         self._manifest, self._shards = read_store(self.path)
 
+    @property
+    def writable(self) -> bool:
+        """Whether it is open for writing; it is not in a process that was forked from the one that opened it."""
+        return self._lock is not None and not self._lock.closed
+
     def _writable(self) -> None:
-        if self._lock is None:
+        if not self.writable:
             raise StoreError(f"{self.path} is not open for writing: pass write=True to open")
 
-    def append(self, rows: Tensor, ids: Tensor | None = None, metadata: Sequence[Any] | None = None) -> None:
+    def append(
+        self, rows: Tensor, ids: Tensor | Sequence[int] | None = None, metadata: Sequence[Any] | None = None
+    ) -> None:
         """Take in rows; they are safe on disk after `flush`, or once 256 MB have come together.
 
         They are written at once, nothing of them is kept in memory but ids, norms and metadata.
 
         Args:
             rows: (n, width), floating-point, on any device.
-            ids: (n,) integers; None: numbers on from the rows ever written.
+            ids: (n,) integers; None: numbers on from the largest that was ever there, and from the rows ever written.
             metadata: n JSON values.
 
         Raises:
@@ -159,17 +176,20 @@ class GradientStore:
             raise ValueError(
                 f"rows must be (n, {self.width}), floating-point, got {rows.dtype} {tuple(rows.shape)}"
             )
-        n, written = len(rows), self._manifest.rows_written + (len(self._pending) if self._pending else 0)
-        ids = torch.arange(written, written + n) if ids is None else ids.detach().cpu().long()
-        if ids.shape != (n,) or (metadata is not None and len(metadata) != n):
-            raise ValueError(f"ids and metadata must have {n} elements")
+        n, known = len(rows), self._manifest
+        written = known.rows_written + (len(self._pending) if self._pending else 0)
+        next_id = max(written, known.next_id, self._pending.next_id if self._pending else 0)
+        ids = torch.arange(next_id, next_id + n) if ids is None else _integers(ids)
+        for name, size in (("ids", ids.numel()), ("metadata", n if metadata is None else len(metadata))):
+            if size != n:
+                raise ValueError(f"{name} must have {n} elements, got {size}")
         if n == 0:
             return
         if self._pending is not None and self._pending.closed:
             self.flush()
         if self._pending is None:
             self._pending = self._new_shard()
-        self._pending.add(self._encoded(rows.detach(), written), ids.clone(), metadata)
+        self._pending.add(self._encoded(rows.detach(), written), ids, metadata)
         if self._pending.bytes >= _SHARD_BYTES:
             self.flush()
 
@@ -191,35 +211,42 @@ class GradientStore:
             return
         info, known = self._pending.finish(), self._manifest
         # Taken over once it is on disk: after an exception, the next call tries again.
-        manifest = replace(known, rows_written=known.rows_written + info.rows, shards=[*known.shards, info])
+        manifest = replace(
+            known,
+            rows_written=known.rows_written + info.rows,
+            next_id=max(known.next_id, self._pending.next_id),
+            shards=[*known.shards, info],
+        )
         manifest.write(self.path)
         self._manifest, self._pending = manifest, None
         self._shards.append(Shard(self.path, info, manifest))
 
     def _new_shard(self) -> NewShard:
-        name = f"{self._manifest.next_shard:08d}"
-        self._manifest.next_shard += 1
+        name = ""
+        while not name or (self.path / name).exists():
+            name = f"{self._manifest.next_shard:08d}"
+            self._manifest.next_shard += 1
         return NewShard(self.path, name)
 
     def delete(self, ids: Tensor | Sequence[int]) -> int:
         """Take the rows of these ids out of every search; `compact` frees their room. Returns how many there were.
 
         Raises:
+            ValueError: if `ids` are no integers.
             StoreError: if the store is not open for writing.
         """
         self._writable()
+        wanted, shards = _integers(ids), []
         self.flush()
-        wanted, count = torch.as_tensor(ids).cpu().long().flatten(), 0
+        before = len(self)
         for shard in self._shards:
             hit = torch.isin(shard.ids, wanted)
             hit[shard.deleted] = False
-            if bool(hit.any()):
-                gone = torch.cat([shard.deleted, hit.nonzero().flatten()]).sort().values
-                write_deleted(self.path, shard.info, gone)
-                count += int(hit.sum())
-        self._manifest.write(self.path)
-        self.refresh()
-        return count
+            gone = torch.cat([shard.deleted, hit.nonzero().flatten()]).sort().values
+            shards.append(with_deleted(self.path, shard.info, gone) if bool(hit.any()) else shard.info)
+        replace(self._manifest, shards=shards).write(self.path)
+        self._reload()
+        return before - len(self)
 
     def compact(self, progress: Progress | None = None) -> None:
         """Write the shards that deleted rows are in anew, without them. Readers keep what they have open.
@@ -229,20 +256,20 @@ class GradientStore:
         """
         self._writable()
         self.flush()
-        kept: list[ShardInfo] = []
+        try:
+            replace(self._manifest, shards=list(self._compacted(progress))).write(self.path)
+        finally:  # also after an exception: what is on disk counts
+            self._reload()
+            clear_unnamed(self.path, self._manifest)
+
+    def _compacted(self, progress: Progress | None) -> Iterator[ShardInfo]:
         for n, shard in enumerate(self._shards):
             if shard.info.deleted_rows == 0:
-                kept.append(shard.info)
+                yield shard.info
             elif shard.info.deleted_rows < shard.info.rows:
-                kept.append(_without_deleted(shard, self._new_shard()))
+                yield _without_deleted(shard, self._new_shard())
             if progress is not None:
                 progress(n + 1, len(self._shards))
-        old = {shard.info.name for shard in self._shards} - {info.name for info in kept}
-        self._manifest.shards = kept
-        self._manifest.write(self.path)
-        for name in old:
-            shutil.rmtree(self.path / name)
-        self.refresh()
 
     def verify(self, progress: Progress | None = None) -> None:
         """Read everything and compare checksums.
@@ -320,8 +347,10 @@ class GradientStore:
         A score has the same bits in whatever block and shard its row is.
 
         Raises:
-            ValueError: if `queries` do not fit.
+            ValueError: if `queries` or `size` do not fit.
         """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
         folded, done = self._folded(queries, preconditioner).cpu(), 0
         for ids, rows in self.blocks(size):
             yield ids, products(folded, rows)
@@ -350,15 +379,18 @@ class GradientStore:
 
         Returns:
             Scores, ids and row numbers, on the CPU; equal scores by row number, NaN above every number. Integers of a
-            store are multiplied as integers, with queries of 14 bits; a CUDA device then rounds as the CPU does.
+            store are multiplied as integers, with queries of 14 bits, bfloat16 rows with queries rounded to it; a
+            CUDA device then rounds integers as the CPU does.
 
         Raises:
             ValueError: if `queries` or `k` do not fit.
 
-        Scratch: no Q x N scores; 1 MB a thread and `24 B * Q k` a shard. On a device 96 MB of rows, 64 MB of keys.
+        Scratch: no Q x N scores. `1 MB + 3 kB * k` a thread, `96 B * Q k` a shard. Of a shard with more deleted rows
+        than 128 and `k`, 32 MB of those that are left; with fewer, they count to `k`. On a device 96 MB of rows,
+        64 MB of keys.
         """
-        ends = self._search(queries, k, 1 if largest else 2, preconditioner, progress)
-        return ends[0]
+        found, scales = self.unscaled(queries, k, 1 if largest else 2, preconditioner, progress)
+        return found[0].scaled(scales)
 
     def ends(
         self,
@@ -369,38 +401,58 @@ class GradientStore:
         progress: Progress | None = None,
     ) -> Ends:
         """Do what `topk` does for the largest and the smallest, in one scan."""
-        return Ends(*self._search(queries, k, 3, preconditioner, progress))
+        found, scales = self.unscaled(queries, k, 3, preconditioner, progress)
+        return Ends(*(end.scaled(scales) for end in found))
 
-    def _search(
+    def unscaled(
         self,
         queries: Tensor,
         k: int,
         ends: int,
         preconditioner: Preconditioner | None,
         progress: Progress | None,
-    ) -> list[Found]:
+    ) -> tuple[list[Found], Tensor]:
+        """What `topk` (`ends` 1, or 2 for the smallest) or both (3) find, and the queries' scales, (Q,) to multiply by.
+
+        Results of several stores are merged before: scaling makes scores equal that are not.
+        """
         if not 0 <= k <= len(self):
             raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
-        folded, first = on_a_scanner(self._folded(queries, preconditioner)), 0
+        of_queries, first = scanned_by(self._folded(queries, preconditioner), self._manifest), 0
         found = []
         for shard in self._shards:
-            found.append((shard, first, scan_shard(shard, folded, k, ends)))
+            found.append((shard, first, scan_shard(shard, of_queries, k, ends)))
             first += shard.info.rows - shard.info.deleted_rows
             if progress is not None:
                 progress(first, len(self))
         directions = [True, False] if ends == 3 else [ends == 1]
         # Looked up at the end: a device goes from shard to shard without waiting for the host.
         parts = [[_named(shard, first, *of[n]) for shard, first, of in found] for n in range(len(directions))]
-        return [
+        merged = [
             merge(end, k, largest=d) if end else nothing(queries)
             for end, d in zip(parts, directions, strict=True)
         ]
+        return merged, of_queries.scales.cpu()
 
 
 def _named(shard: Shard, first: int, values: Tensor, there: Tensor) -> Found:
     """What was found in a shard whose rows begin at number `first`."""
     rows = there.cpu()
     return Found(values.cpu(), shard.ids[rows], shard.numbers(rows) + first)
+
+
+def _empty(folder: Path) -> None:
+    """What a killed `create` has left counts for nothing."""
+    if {child.name for child in folder.iterdir()} - {"lock", f"{MANIFEST}.tmp"}:
+        raise FileExistsError(f"path must be empty, got {folder}")
+
+
+def _integers(ids: Tensor | Sequence[int]) -> Tensor:
+    """A copy of ids, (n,) int64 on the CPU."""
+    given = torch.as_tensor(ids).detach()
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise ValueError(f"ids must be integers, got {given.dtype}")
+    return given.flatten().to("cpu", torch.int64, copy=True)
 
 
 def _taken(values: list[Any], rows: Tensor) -> list[Any]:
