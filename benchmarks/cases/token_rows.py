@@ -253,6 +253,6 @@ def _case(name: str, label: str, B: int, T: int, d: int, V: int, warm: Case | No
 
 
 for _name in _KINDS:
-    _small = _case(_name, "small", 2, 32, 64, 2000, None)
+    _small = _case(_name, "small", 2, 32, 640, 2000, None)  # as deep as models: products predict the others
     for _shape in (("V32000", 4, 256, 768, 32_000), *LARGE):
         _case(_name, *_shape, _small)
