@@ -312,6 +312,26 @@ def test_descent_of_flat_lowers_the_forgotten_answer_when_fixed() -> None:
             assert ((forget[0, 0, 0] > 0).item(), (refusal[0, 0, 0] < 0).item()) == (fixed, fixed)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: tl.wga(x.h, x.W, y),
+        lambda x, y: tl.ceu(x.h, x.W, y),
+        lambda x, y: tl.grad_ascent(x.h, x.W, y, dialect="llm_unlearn"),
+        lambda x, y: tl.simnpo(x.h, x.W, y),
+        lambda x, y: tl.undial(x.h, x.W, y, (x.ref_h, x.ref_head)),
+        lambda x, y: tl.linear_stats(x.h, x.W, y).hit.sum(),
+    ],
+)
+def test_labels_of_a_byte(call: Loss) -> None:
+    x = batch(torch.float32)
+    x = x._replace(W=randn(200, D, seed=5), ref_head=randn(200, D + 3, seed=6))
+    labels = tl.linear_stats(x.h, x.W).argmax  # hits, with words of 156 = -100 mod 256 among them
+    labels[0, :4], x.h[1, :3] = 156, x.W[156] * 9
+    labels[1, :3] = 156
+    assert torch.equal(call(x, labels.to(torch.uint8)), call(x, labels))
+
+
 def test_sequences_without_labels() -> None:
     h, W = randn(2, 3, 4), randn(7, 4, seed=1)
     y = torch.tensor([[1, 2, 3], [-100] * 3])

@@ -150,6 +150,27 @@ def test_frozen_head_with_any_upstream_gradient(head: MakeHead, name: str) -> No
     torch.testing.assert_close(frozen, gradients(x, LOSSES[name])[:2])
 
 
+@EACH_LOSS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_rows_get_no_gradient_of_a_frozen_head(head: MakeHead, name: str, value: float) -> None:
+    x = head((3, 7), 5, 17)
+    h, ignored = x.h.requires_grad_(), x.labels == -100
+    upstream = randn(3, 7, seed=5).masked_fill(ignored, value)
+    (found,) = torch.autograd.grad(LOSSES[name](x, h, x.W, x.bias), h, upstream)
+    (clean,) = torch.autograd.grad(LOSSES[name](x, h, x.W, x.bias), h, upstream.masked_fill(ignored, 0.0))
+    assert torch.equal(found, clean)
+    assert not found[ignored].any()
+
+
+@EACH_LOSS
+def test_a_mean_of_nothing_gives_a_frozen_head_no_gradient(head: MakeHead, name: str) -> None:
+    x = head((2, 5), 4, 6, ignored=1.1)
+    h = x.h.requires_grad_()
+    (loss,) = LOSSES[name](x, h, x.W, x.bias, reduction="mean")
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, h)[0].any()
+
+
 def test_many_chunks_of_rows(head: MakeHead) -> None:
     check(head((300,), 8, 20_001), LOSSES["kl"], reduction="sum")
     check(head((500,), 8, 20_001), LOSSES["ceu"], reduction="mean")

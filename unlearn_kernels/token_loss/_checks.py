@@ -29,14 +29,15 @@ def check_head(h: Tensor, W: Tensor, bias: Tensor | None, suffix: str = "") -> N
             )
 
 
-def check_labels(h: Tensor, labels: Tensor) -> None:
-    """Labels (*) of hidden states (*, d)."""
+def check_labels(h: Tensor, labels: Tensor) -> Tensor:
+    """Labels (*) of hidden states (*, d), as int64: in narrower types an ignored label may be a word's."""
     if labels.shape != h.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(h.shape[:-1])} to fit h, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if labels.device != h.device:
         raise ValueError(f"labels must be on the device of h, {h.device}, got {labels.device}")
+    return labels.long()
 
 
 def check_logits(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -39,7 +39,7 @@ class NllOptions(LogitOptions, total=False):
 
 def counting(labels: Tensor, options: LogitOptions) -> Tensor:
     """Which tokens count."""
-    return labels != options.get("ignore_index", -100)
+    return labels.long() != options.get("ignore_index", -100)
 
 
 def by_sequence(x: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ def arguments(
     """Checked arguments; the reference without its history."""
     check_head(h, W, bias)
     if labels is not None:
-        check_labels(h, labels)
-        labels = labels.long()
+        labels = check_labels(h, labels)
     ref_h, ref_W, ref_bias = (None, None, None) if reference is None else _reference(h, W, reference)
     settings = check_logits(scale, softcap)
     return RowArguments(

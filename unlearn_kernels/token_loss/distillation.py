@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from unlearn_kernels._backends import REGISTRY, select
 from unlearn_kernels.reference.token_rows import PAIR, PAIR_FIELDS, linear_rows
+from unlearn_kernels.token_loss._checks import check_labels
 from unlearn_kernels.token_loss._options import LogitOptions, check_dialect, counting, total_over
 from unlearn_kernels.token_loss._public import Reference, arguments
 from unlearn_kernels.token_loss._rows import LinearRows
@@ -121,7 +122,7 @@ def undial(
     """
     if not fixed:
         last = W.shape[0] + options.get("ignore_index", -100)
-        labels = torch.where(counting(labels, options), labels.long(), last)
+        labels = torch.where(counting(labels, options), check_labels(h, labels), last)
         options["ignore_index"] = -(1 << 62)
     return linear_soft_ce(h, W, labels, reference, beta=beta, reduction="mean", **options)
 
@@ -155,7 +156,7 @@ def ceu(h: Tensor, W: Tensor, labels: Tensor, *, skip: int = 1, **options: Unpac
         raise ValueError(f"labels must have shape (B, ...), got {tuple(labels.shape)}")
     if skip:
         order = counting(labels, options).reshape(labels.shape[0], -1).cumsum(1).reshape(labels.shape)
-        labels = labels.masked_fill(order <= skip, options.get("ignore_index", -100))
+        labels = check_labels(h, labels).masked_fill(order <= skip, options.get("ignore_index", -100))
     return linear_soft_ce(h, W, labels, reduction="mean", **options)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from unlearn_kernels.token_loss._models import head_of
-from unlearn_kernels.token_loss._options import LogitOptions
+from unlearn_kernels.token_loss._options import LogitOptions, counting
 from unlearn_kernels.token_loss.lazy import LazyLogits, lazy_logits
 
 Batch = Mapping[str, Any]
@@ -62,12 +62,12 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
     if labels is None:
         mask = inputs.get("attention_mask")
         labels = inputs["input_ids"]
-        labels = labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
+        labels = labels if mask is None else labels.long().masked_fill(mask == 0, ignore_index)
     with lazy_logits(model, head=head):
         output = model(**{k: v for k, v in inputs.items() if k not in _NOT_INPUTS})
     h, W, options = _parts(model, _logits(output), head)
     options["ignore_index"] = ignore_index
-    counts = (labels != ignore_index).sum(-1)
+    counts = counting(labels, options).sum(-1)
     return HiddenRows(h[..., :-1, :], W, labels[..., 1:], options, counts)
 
 

@@ -74,7 +74,7 @@ def swept_preference(
     """
     bias, ignore_index = options.get("bias"), options.get("ignore_index", -100)
     check_head(h, W, bias)
-    check_labels(h, labels)
+    labels = check_labels(h, labels)
     settings = check_logits(options.get("scale", 1.0), options.get("softcap"))
     head = (W,) if bias is None else (W, bias)
     chosen = select("linear_nll", options.get("backend"), (h, *head))
@@ -85,9 +85,7 @@ def swept_preference(
         return None
     weights, bounds = (x.to(accumulation_dtype(h)) for x in (weights, bounds))
     try:
-        return _sweep.sequence_preference(
-            weights, bounds, beta, h, W, bias, labels.long(), ignore_index, *settings
-        )
+        return _sweep.sequence_preference(weights, bounds, beta, h, W, bias, labels, ignore_index, *settings)
     except (RuntimeError, IndexError):
         check_range("labels", labels, W.shape[0], ignore_index)
         raise
@@ -208,7 +206,7 @@ def linear_nll(
     arXiv 2410.10989).
     """
     check_head(h, W, bias)
-    check_labels(h, labels)
+    labels = check_labels(h, labels)
     settings = check_logits(scale, softcap)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
@@ -217,7 +215,7 @@ def linear_nll(
     tensors = (h, W) if bias is None else (h, W, bias)
     call = select("linear_nll", backend, tensors)
     try:
-        return call(h, W, bias, labels.long(), ignore_index, *settings, reduction, memory_budget)
+        return call(h, W, bias, labels, ignore_index, *settings, reduction, memory_budget)
     except (RuntimeError, IndexError):
         check_range("labels", labels, W.shape[0], ignore_index)
         raise

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_kernels.token_loss._options import counting
 from unlearn_kernels.token_loss.audits.table import evaluating
 from unlearn_kernels.token_loss.hidden import MakeRows, hidden_rows
 from unlearn_kernels.token_loss.linear import linear_nll
@@ -101,7 +102,7 @@ def mean_nll(model: nn.Module, batches: Iterable[Any], *, rows: MakeRows = hidde
             found = rows(model, batch)
             nll = linear_nll(found.h, found.W, found.labels, **found.options)
             total += float(nll.sum(dtype=torch.float64))
-            count += int((found.labels != found.options.get("ignore_index", -100)).sum())
+            count += int(counting(found.labels, found.options).sum())
     return total / count if count else float("nan")
 
 

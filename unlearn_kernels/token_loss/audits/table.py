@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_kernels.token_loss._cache_files import Key
+from unlearn_kernels.token_loss._options import counting
 from unlearn_kernels.token_loss.hidden import MakeRows, hidden_rows
 from unlearn_kernels.token_loss.statistics import TokenStats, linear_stats
 
@@ -105,12 +106,11 @@ def token_stats(
     with evaluating(model):
         for batch in batches:
             made = rows(model, batch)
-            labels, ignored = made.labels, made.options.get("ignore_index", -100)
+            labels, kept = made.labels, counting(made.labels, made.options)
             found = linear_stats(made.h, made.W, labels, **made.options)
-            counting = labels != ignored
-            lengths = counting.sum(-1)
+            lengths = kept.sum(-1)
             counts = lengths if made.counts is None else made.counts
-            picked = [x[counting] for x in (labels, *_kept(found))]
+            picked = [x[kept] for x in (labels, *_kept(found))]
             parts.append([x.cpu() for x in (lengths, counts, *picked)])
             keys += _keys_of(batch, key, len(labels), len(keys))
             if progress is not None:
