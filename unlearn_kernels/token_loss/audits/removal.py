@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unlearn_kernels.token_loss._models import evaluating
 from unlearn_kernels.token_loss._options import counting
-from unlearn_kernels.token_loss.audits.table import evaluating
 from unlearn_kernels.token_loss.hidden import MakeRows, hidden_rows
 from unlearn_kernels.token_loss.linear import linear_nll
 
