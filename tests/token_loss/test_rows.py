@@ -313,6 +313,14 @@ def test_a_distance_to_itself_is_zero(head: MakeHead) -> None:
         assert linear_kl(x.h, x.W, (x.h, x.W), direction=direction).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["stats", "maxmean"])
+def test_one_word_alone(head: MakeHead, name: str) -> None:
+    x = head((5,), 4, 1, ignored=0.0)
+    found, plain = (gradients(x, ALL[name], backend=backend) for backend in ("cpp", "reference"))
+    torch.testing.assert_close(found, plain)
+    assert all(g.isfinite().all() for g in plain[-3:])
+
+
 def test_second_derivatives_are_refused(head: MakeHead) -> None:
     x = head((4,), 3, 5, torch.float64)
     h = x.h.requires_grad_()
@@ -339,7 +347,7 @@ def test_misuse_of_the_reference(head: MakeHead, reference: Any, message: str) -
 
 def test_other_misuse(head: MakeHead) -> None:
     x = head((9,), 5, 7)
-    with pytest.raises(ValueError, match="softcap must be positive, got 0"):
+    with pytest.raises(ValueError, match="softcap must be positive and finite, got 0"):
         linear_stats(x.h, x.W, x.labels, softcap=0)
     with pytest.raises(ValueError, match="direction must be forward, reverse or cross, got 'both'"):
         linear_kl(x.h, x.W, (x.h, x.W), direction="both")

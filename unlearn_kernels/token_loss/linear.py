@@ -7,12 +7,11 @@ from typing_extensions import Unpack
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
-from unlearn_kernels._checks import check_range
 from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss import _sweep
 from unlearn_kernels.token_loss._autograd import LinearNll
-from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits
+from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits, check_words
 from unlearn_kernels.token_loss._options import NllOptions
 
 Reduction = Literal["none", "sum", "mean"]
@@ -87,7 +86,7 @@ def swept_preference(
     try:
         return _sweep.sequence_preference(weights, bounds, beta, h, W, bias, labels, ignore_index, *settings)
     except (RuntimeError, IndexError):
-        check_range("labels", labels, W.shape[0], ignore_index)
+        check_words(labels, W.shape[0], ignore_index)
         raise
 
 
@@ -217,5 +216,5 @@ def linear_nll(
     try:
         return call(h, W, bias, labels, ignore_index, *settings, reduction, memory_budget)
     except (RuntimeError, IndexError):
-        check_range("labels", labels, W.shape[0], ignore_index)
+        check_words(labels, W.shape[0], ignore_index)
         raise

@@ -22,7 +22,7 @@ class TokenStats(NamedTuple):
         std: standard deviation of log p under p.
         hit: whether the label is the most likely word (the first of equals).
         margin: log p of the most likely word minus that of the next.
-        argmax: the most likely word, the first of equals.
+        argmax: the most likely word, the first of equals; any of them where a logit is NaN.
     """
 
     nll: Tensor

@@ -196,7 +196,7 @@ def removal_audit(
     control: Sequence[Any] = (),
     before: float | None = None,
     relearning: Relearning | None = None,
-    parameters: Sequence[nn.Parameter] | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
     rows: MakeRows = hidden_rows,
 ) -> RemovalAudit:
     """Look behind a model's outputs: was the target removed, or only no longer said?
@@ -222,6 +222,7 @@ def removal_audit(
     2023 (arXiv 2309.17410) for paraphrases.
     """
     relearning = relearning or Relearning()
+    parameters = None if parameters is None else list(parameters)
 
     def nll(batches: Sequence[Any]) -> float | None:
         return mean_nll(model, batches, rows=rows) if len(batches) else None
