@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from unlearn_kernels import token_loss
 from unlearn_kernels.token_loss import HiddenRows, adapter_off, hidden_rows, linear_nll
+from unlearn_kernels.token_loss._models import evaluating
 
 Inputs = Mapping[str, Tensor]
 Run = Callable[[Inputs], HiddenRows]
@@ -83,8 +84,12 @@ class UnlearnMixin:
     `{"alternate": preferred answers, "original": those to be forgotten}`. The model is called through its wrappers,
     so that DDP's and FSDP2's hooks run; a head that ZeRO-3 has partitioned is gathered, and whole until backward; one
     sharded by tensor parallelism, or under an adapter of its own, is refused. With PEFT and no reference given, the
-    reference is the model with its adapters off; otherwise a frozen copy of the model, made with the first loss, which
-    ZeRO-3's partitions do not allow: give one.
+    reference is the model with its adapters off; otherwise a frozen copy of the model, made with the first loss, or
+    before `train` loads the checkpoint that it goes on from. ZeRO-3's partitions do not allow that: give one. A
+    reference runs in evaluation mode.
+
+    `evaluate` gives the same loss of such batches; a batch without `forget` is evaluated as by the Trainer, with its
+    logits. The loss is a mean over each batch, and so is that of steps with gradient accumulation.
 
     Attributes:
         objective: grad_ascent, npo, tnpo, wtnpo, simnpo, dpo, wga, satimp, undial or ceu, as in
@@ -98,7 +103,8 @@ class UnlearnMixin:
         reference: a frozen model.
 
     Raises:
-        ValueError: with the first loss, for unknown names and for models as above.
+        ValueError: with the first loss, for unknown names and for models as above; for a batch to train on that has
+            no `forget`.
     """
 
     objective: ClassVar[str] = "npo"
@@ -109,15 +115,44 @@ class UnlearnMixin:
     alpha: ClassVar[float] = 1.0
     reference: nn.Module | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # It is a mean over a batch: transformers must not take it for one over all that are accumulated.
+        self.model_accepts_loss_kwargs = False
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; what is loaded to go on from is no reference."""
+        trainer, above = cast("Any", self), cast("Any", super())
+        if resume_from_checkpoint and self._needs_reference and self.reference is None:
+            self._prepare_reference(trainer.model)
+            if self.reference is not None and not trainer.is_model_parallel:
+                self.reference.to(trainer.args.device)
+        return above.train(resume_from_checkpoint, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """The loss of a batch with `forget`, without logits; of any other what the Trainer makes of it."""
+        trainer, above = cast("Any", self), cast("Any", super())
+        if "forget" not in inputs:
+            return above.prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            loss = self.compute_loss(model, trainer._prepare_inputs(inputs))
+        return loss.mean(), None, None
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum above; without outputs, because there are no logits."""
+        if "forget" not in inputs:
+            if model.training:
+                raise ValueError(f"inputs must have forget to train on, got {', '.join(map(str, inputs))}")
+            return cast("Any", super()).compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.retain not in ("nll", "kl"):
             raise ValueError(f"retain must be 'nll' or 'kl', got {self.retain!r}")
-        if self.objective not in _ALONE or self.retain == "kl":
+        if self._needs_reference:
             self._prepare_reference(model)
         forget = OBJECTIVES[self.objective]
         loss = self.gamma * forget(
@@ -142,6 +177,10 @@ class UnlearnMixin:
             here.h, here.W, _as_reference(there), **here.options, **self.retain_options
         )
 
+    @property
+    def _needs_reference(self) -> bool:
+        return self.objective not in _ALONE or self.retain == "kl"
+
     def _prepare_reference(self, model: Any) -> None:
         bare = getattr(model, "module", model)
         if self.reference is None and not hasattr(bare, "disable_adapter"):
@@ -154,5 +193,6 @@ class UnlearnMixin:
     def _there(self, model: Any, inputs: Inputs) -> HiddenRows:
         bare = getattr(model, "module", model)
         off: AbstractContextManager[Any] = adapter_off(bare) if self.reference is None else nullcontext()
-        with torch.no_grad(), off:
-            return hidden_rows(bare if self.reference is None else self.reference, inputs)
+        there = bare if self.reference is None else self.reference
+        with evaluating(there), off:
+            return hidden_rows(there, inputs)

@@ -100,23 +100,38 @@ def install() -> None:
     Functions are replaced wherever a module has imported them by name: `trainer.utils`' losses, CEU's, and the
     likelihoods of `evals.metrics`. A training step of `UnlearnTrainer` makes its model and its reference lazy, so that
     GradAscent, GradDiff, PDU and trainers of your own need no more. `RMU.forward_with_cache` leaves the forward at
-    the hooked layer. Parts of open-unlearning that cannot be imported, for want of what they import, are left out.
+    the hooked layer. Parts of open-unlearning that cannot be imported, for want of what they import, are left out, and
+    so is what a fork or an older version does not have.
 
     Raises:
         ModuleNotFoundError: if there is no `trainer.utils`: open-unlearning's `src` must be on the path.
+        ImportError: if that module has none of the losses, and so is another package's.
     """
     if _before:
         return
-    importlib.import_module("trainer.utils")
+    names = FUNCTIONS["trainer.utils"]
+    if not any(hasattr(importlib.import_module("trainer.utils"), name) for name in names):
+        raise ImportError(f"trainer.utils is not open-unlearning's: it has none of {', '.join(names)}")
+    try:
+        _replace_all()
+    except BaseException:
+        uninstall()
+        raise
+
+
+def _replace_all() -> None:
     for module, names in FUNCTIONS.items():
-        home = _imported(module)
-        for name in names if home is not None else ():
-            _rebind(getattr(home, name), name)
-    trainer, rmu = _class(*TRAINER), _class(*RMU)
-    if trainer is not None:
-        _replace(trainer, "training_step", _lazy_step(trainer.training_step))
-    if rmu is not None:
-        _replace(rmu, "forward_with_cache", _leaving_early(rmu.forward_with_cache))
+        home = vars(_imported(module) or ModuleType(module))
+        for name in names:
+            if name in home:
+                _rebind(home[name], name)
+    for where, name, wrapped in (
+        (TRAINER, "training_step", _lazy_step),
+        (RMU, "forward_with_cache", _leaving_early),
+    ):
+        owner = _class(*where)
+        if hasattr(owner, name):
+            _replace(owner, name, wrapped(getattr(owner, name)))
 
 
 def _rebind(function: Callable[..., Any], name: str) -> None:

@@ -102,6 +102,84 @@ def test_training_and_surgery(tmp_path):
     assert "cosine_forget_retain" in trainer.state.log_history[0]
 
 
+def forgetter(folder: Path, model: nn.Module, texts=(), **settings):
+    """A trainer by descent, a text a batch; settings that begin with an underscore are the class's."""
+    own = {k[1:]: v for k, v in settings.items() if k.startswith("_")}
+    arguments = {
+        "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True,
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    } | {k: v for k, v in settings.items() if not k.startswith("_")}  # fmt: skip
+    kind = type("Forgetter", (UnlearnMixin, Trainer), {"objective": "npo", **own})
+    return kind(
+        model=model, args=TrainingArguments(str(folder), **arguments), train_dataset=list(texts),
+        data_collator=lambda samples: samples[0],
+    )  # fmt: skip
+
+
+def test_what_a_checkpoint_holds_is_no_reference(tmp_path):
+    texts = [{"forget": peers.batch(i), "retain": peers.batch(i + 5)} for i in range(4)]
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = forgetter(tmp_path / "whole", make(), texts, **settings)
+    whole.train()
+    resumed = forgetter(tmp_path / "resumed", make(), texts, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for trainer in (whole, resumed):
+        torch.testing.assert_close(trainer.reference.state_dict(), make().state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict())
+    alone = forgetter(tmp_path / "alone", make(), texts, **settings, _objective="simnpo")
+    alone.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert alone.reference is None
+
+
+def test_evaluation(tmp_path):
+    model, reference = make(), make(1).requires_grad_(False)
+    texts = [{"forget": peers.batch(i), "retain": peers.batch(i + 5)} for i in range(3)]
+    trainer = forgetter(tmp_path, model, texts, _reference=reference)
+    expected = torch.stack([
+        peers.npo(model, reference, text["forget"], text["retain"]) + model(**text["retain"]).loss for text in texts
+    ])  # fmt: skip
+    assert trainer.evaluate(texts)["eval_loss"] == pytest.approx(float(expected.mean().detach()), rel=1e-5)
+    assert trainer.predict(texts).predictions is None
+    plain = [text["retain"] for text in texts]
+    expected = torch.stack([model(**text).loss for text in plain]).mean()
+    assert trainer.evaluate(plain)["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert trainer.predict(plain).predictions.shape[-1] == peers.WORDS
+    with pytest.raises(
+        ValueError, match="inputs must have forget to train on, got input_ids, attention_mask"
+    ):
+        trainer.compute_loss(model.train(), plain[0])
+
+
+def test_references_run_in_evaluation_mode(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+    ).train()
+    trainer = forgetter(tmp_path, adapted)
+    first, second = (trainer._there(adapted, peers.batch(0)).h for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(module.training for module in adapted.modules())
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_accumulated_batches_are_averaged(tmp_path, labelled):
+    text = {"forget": peers.batch(0), "retain": peers.batch(1)}
+    text |= {"labels": peers.batch(0)["labels"]} if labelled else {}  # which transformers counts
+    found = []
+    for batches in (1, 2):
+        settings = {"max_steps": 1, "gradient_accumulation_steps": batches, "_objective": "grad_ascent"}
+        trainer = forgetter(tmp_path, make(), [text] * batches, **settings)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+        assert not trainer.model_accepts_loss_kwargs
+    torch.testing.assert_close(*found)
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"objective must be one of {', '.join(OBJECTIVES)}, got 'nop'"):
         loss_of("nop", make(), {"forget": peers.batch(0)}, tmp_path)

@@ -211,6 +211,40 @@ def test_rmu_leaves_early(peer):
     assert reached == []
 
 
+def test_a_fork_without_some_of_it(peer):
+    utils, metrics, base = map(peer, ("trainer.utils", "evals.metrics.utils", "trainer.unlearn.base"))
+    del metrics.tokenwise_logprobs, utils.compute_wga_loss, peer("trainer.unlearn.rmu").RMU.forward_with_cache
+    before = metrics.evaluate_probability, utils.compute_dpo_loss
+    with open_unlearning.installed():
+        assert metrics.evaluate_probability is not before[0]
+        assert utils.compute_dpo_loss is not before[1]
+        assert "training_step" in vars(base.UnlearnTrainer)
+        assert not hasattr(metrics, "tokenwise_logprobs")
+    assert (metrics.evaluate_probability, utils.compute_dpo_loss) == before
+    assert "training_step" not in vars(base.UnlearnTrainer)
+
+
+def test_a_failure_half_way_leaves_everything_as_it_was(peer):
+    utils, metrics = peer("trainer.utils"), peer("evals.metrics.utils")
+    before = dict(vars(utils))
+    metrics.evaluate_probability = 3
+    for _ in range(2):
+        with pytest.raises(TypeError, match="3 is not a callable object"):
+            open_unlearning.install()
+        assert vars(utils) == before
+        assert open_unlearning._before == []
+
+
+def test_another_package_of_that_name_is_refused(peer):
+    utils = peer("trainer.utils")
+    for name in open_unlearning.FUNCTIONS["trainer.utils"]:
+        delattr(utils, name)
+    with pytest.raises(
+        ImportError, match=r"trainer\.utils is not open-unlearning's: it has none of compute_kl"
+    ):
+        open_unlearning.install()
+
+
 def test_without_it_there_is_nothing_to_install():
     if "trainer" in sys.modules:
         pytest.skip("another test's package of that name")

@@ -224,6 +224,7 @@ def test_memorization(model: Tiny, table: TokenTable) -> None:
     check(extraction_strength(table), [strength(s) for s in cut])
 
 
+@pytest.mark.filterwarnings("ignore:no token of any sample")
 @pytest.mark.parametrize("hits", ["", "1", "0", "01", "10", "000", "0011", "1101", "1111", "0100"])
 def test_extraction_strength_of_patterns(hits: str) -> None:
     hit = torch.tensor([c == "1" for c in hits], dtype=torch.bool)
@@ -234,6 +235,19 @@ def test_extraction_strength_of_patterns(hits: str) -> None:
     cut = hits[:-1]
     k = min(cut.rfind("0") + 1, len(cut) - 1)
     assert float(extraction_strength(table)) == pytest.approx(1 - k / len(cut) if cut else 0.0)
+
+
+@pytest.mark.parametrize("audit", [min_k, min_k_plus_plus, exact_memorization, extraction_strength])
+def test_a_warning_where_publication_leaves_nothing(
+    model: Tiny, table: TokenTable, audit: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    unlabelled = [{k: v for k, v in b.items() if k != "labels"} for b in data_of()]
+    everything = token_stats(model, unlabelled)
+    assert audit(table).shape == (12,)
+    assert audit(everything, fixed=True).isfinite().all()
+    assert not recwarn.list
+    with pytest.warns(RuntimeWarning, match="no token of any sample is left as published: first positions"):
+        audit(everything)
 
 
 def test_truth_ratio(model: Tiny) -> None:
@@ -387,6 +401,11 @@ def test_the_audit_tells_suppression_from_removal() -> None:
     assert hidden.spared == pytest.approx(0.0)
     assert hidden.gain == pytest.approx(hidden.target - hidden.relearned)
     assert hidden.savings == pytest.approx(hidden.gain - (hidden.control - hidden.relearned_control))
+    listed, generated = (
+        removal_audit(removed, target, control=control, relearning=steps, parameters=parameters)
+        for parameters in (list(removed.parameters()), removed.parameters())
+    )
+    assert generated == listed
     bare = removal_audit(removed, target, relearning=Relearning(0))
     assert bare.relearned == bare.target
     assert (bare.paraphrases, bare.control, bare.savings, bare.recovered, bare.spared) == (None,) * 5

@@ -312,6 +312,26 @@ def test_descent_of_flat_lowers_the_forgotten_answer_when_fixed() -> None:
             assert ((forget[0, 0, 0] > 0).item(), (refusal[0, 0, 0] < 0).item()) == (fixed, fixed)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: tl.wga(x.h, x.W, y),
+        lambda x, y: tl.ceu(x.h, x.W, y),
+        lambda x, y: tl.grad_ascent(x.h, x.W, y, dialect="llm_unlearn"),
+        lambda x, y: tl.simnpo(x.h, x.W, y),
+        lambda x, y: tl.undial(x.h, x.W, y, (x.ref_h, x.ref_head)),
+        lambda x, y: tl.linear_stats(x.h, x.W, y).hit.sum(),
+    ],
+)
+def test_labels_of_a_byte(call: Loss) -> None:
+    x = batch(torch.float32)
+    x = x._replace(W=randn(200, D, seed=5), ref_head=randn(200, D + 3, seed=6))
+    labels = tl.linear_stats(x.h, x.W).argmax  # hits, with words of 156 = -100 mod 256 among them
+    labels[0, :4], x.h[1, :3] = 156, x.W[156] * 9
+    labels[1, :3] = 156
+    assert torch.equal(call(x, labels.to(torch.uint8)), call(x, labels))
+
+
 def test_sequences_without_labels() -> None:
     h, W = randn(2, 3, 4), randn(7, 4, seed=1)
     y = torch.tensor([[1, 2, 3], [-100] * 3])
@@ -324,8 +344,16 @@ def test_sequences_without_labels() -> None:
 
 def test_undial_needs_the_word_that_its_quirk_lowers() -> None:
     h, W, y = randn(1, 2, 4), randn(7, 4, seed=1), torch.tensor([[1, -100]])
-    with pytest.raises(ValueError, match="labels"):
-        tl.undial(h, W, y, (h, W))
+    for ignored in (-100, -8, 0, 7):
+        labels, message = (
+            y.masked_fill(y == -100, ignored),
+            rf"ignore_index must be in \[-7, 0\).*got {ignored}$",
+        )
+        with pytest.raises(ValueError, match=message):
+            tl.undial(h, W, labels, (h, W), ignore_index=ignored)
+        assert tl.undial(h, W, torch.ones_like(y), (h, W), ignore_index=ignored).isfinite()
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\), got 9"):
+        tl.undial(h, W, y.clamp_min(9), (h, W))
     assert tl.undial(h, W, y, (h, W), fixed=True).isfinite()
     assert tl.undial(h, W, y.clamp_min(-1), (h, W), ignore_index=-1).isfinite()
 
@@ -387,6 +415,22 @@ def test_control_vector() -> None:
         (lambda h, W, y: tl.kl_retain(h, W, (h, W), dialect="npo"), "dialect must be one of"),
         (lambda h, W, y: tl.rmu(h[0], W), r"activations must have shape \(B, T, d\), got \(9, 12\)"),
         (lambda h, W, y: tl.rmu(h, W), "target must be broadcastable"),
+        (
+            lambda h, W, y: tl.rmu(h[:1, :1], h),
+            r"target must be broadcastable to activations \(1, 1, 12\), got \(4, 9, 12\)",
+        ),
+        (lambda h, W, y: tl.rmu(h, h[None]), r"target must be broadcastable .* got \(1, 4, 9, 12\)"),
+        *[
+            (call, r"labels must have shape \(B, \.\.\.\), got \(\)")
+            for call in (
+                lambda h, W, y: tl.simnpo(h[0, 0], W, y[0, 3]),
+                lambda h, W, y: tl.grad_ascent(h[0, 0], W, y[0, 3], dialect="llm_unlearn"),
+                lambda h, W, y: tl.npo(h[0, 0], W, y[0, 3], torch.zeros(())),
+                lambda h, W, y: tl.dpo((h[0, 0], y[0, 3]), (h[0, 0], y[0, 3]), W, dialect="flat"),
+                lambda h, W, y: tl.ceu(h[0, 0], W, y[0, 3]),
+            )
+        ],
+        (lambda h, W, y: tl.linear_soft_ce(h, W[:1], y), "W must have words besides the label .*, got 1"),
         (lambda h, W, y: tl.rmu(h, W[0], y[:2]), r"mask must have shape \(4, 9\), got \(2, 9\)"),
     ],
 )

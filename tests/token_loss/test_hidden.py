@@ -90,6 +90,22 @@ def test_sequences_of_one_token_predict_nothing() -> None:
     assert linear_nll(rows.h, rows.W, rows.labels, **rows.options).shape == (3, 0)
 
 
+def test_the_loss_of_a_router_is_not_dropped_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model, (batch,) = transformers.MixtralForCausalLM(config), batches((2,))
+    hidden_rows(model, batch)
+    model.config.output_router_logits = True
+    with torch.no_grad():
+        hidden_rows(model, batch)
+    assert not [w for w in recwarn.list if w.category is RuntimeWarning]
+    with pytest.warns(RuntimeWarning, match="MixtralForCausalLM makes an auxiliary loss of its router"):
+        hidden_rows(model, batch)
+
+
 def lora(model: nn.Module, **options: Any) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
@@ -151,6 +167,19 @@ def test_merged_adapters_and_prompts_are_refused() -> None:
         adapter_off(peft.get_peft_model(transformers_model("llama"), prompt)).__enter__()
 
 
+def test_fingerprints_tell_buffers_that_are_not_saved() -> None:
+    pytest.importorskip("transformers")
+    model = transformers_model("llama")
+    rotary, adapted = model.model.rotary_emb, lora(transformers_model("llama"))
+    assert "model.rotary_emb.inv_freq" not in model.state_dict()
+    marked = fingerprint(model)
+    with adapter_off(adapted):
+        assert fingerprint(adapted) == marked
+        assert fingerprint(torch.compile(adapted)) == marked
+    rotary.inv_freq = rotary.inv_freq * 0.5  # another base of the rotation
+    assert fingerprint(model) != marked
+
+
 def test_fingerprints_tell_names_dtypes_and_bits() -> None:
     model = Tiny()
     marks = {fingerprint(model), fingerprint(Tiny(torch.bfloat16)), fingerprint(Tiny(torch.float64))}
@@ -160,5 +189,9 @@ def test_fingerprints_tell_names_dtypes_and_bits() -> None:
     assert len(marks) == 4
     assert fingerprint(Tiny()) == fingerprint(Tiny())
     assert fingerprint(nn.parallel.DataParallel(Tiny())) == fingerprint(Tiny())
+    assert fingerprint(torch.compile(nn.parallel.DataParallel(Tiny()))) == fingerprint(Tiny())
+    inside = Tiny()
+    inside.mix = torch.compile(inside.mix)
+    assert fingerprint(inside) == fingerprint(Tiny())
     with pytest.raises(ValueError, match=r"embed\.weight is on the meta device"):
         fingerprint(Tiny().to("meta"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +67,19 @@ class Largest(TorchDispatchMode):
             if type(x) is Tensor and x.untyped_storage().nbytes():
                 self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
         return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_labels_of_a_byte(weighted):
+    head = nn.Linear(5, 200)
+    h, labels = torch.randn(7, 5), torch.tensor([156, 3, 7, 156, 0, 199, 1])
+    weight = torch.rand(200) if weighted else None
+    with lazy_logits(nn.Sequential(), head=head):
+        logits = head(h)
+    eager = F.cross_entropy(head(h), labels, weight)
+    torch.testing.assert_close(F.cross_entropy(logits, labels.to(torch.uint8), weight), eager)
+    found, expected = (F.nll_loss(z.softmax(-1), y) for z, y in ((logits, labels.byte()), (head(h), labels)))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -76,5 +76,6 @@ def test_misuse(head: MakeHead) -> None:
     x = head((9,), 5, 7)
     with pytest.raises(ValueError, match="memory_budget must not be negative, got -1"):
         linear_nll(x.h, x.W, x.labels, memory_budget=-1)
-    with pytest.raises(ValueError, match=r"softcap must be positive, got -2\.0"):
-        linear_nll(x.h, x.W, x.labels, softcap=-2.0)
+    for softcap in (-2.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"softcap must be positive and finite, got {softcap}"):
+            linear_nll(x.h, x.W, x.labels, softcap=softcap)

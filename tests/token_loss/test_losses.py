@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unlearn_kernels.testing import assert_as_exact_as, randn
-from unlearn_kernels.token_loss import grad_diff, npo
+from unlearn_kernels.token_loss import grad_ascent, grad_diff, npo, simnpo, wga
 
 MakeHead = Callable[..., Any]
 Loss = Callable[..., Tensor]
@@ -118,6 +118,25 @@ def test_grad_diff(head: MakeHead) -> None:
         _with_gradients(literal, leaves(torch.float64)),
         _with_gradients(literal, leaves(torch.float32)),
     )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda h, W, y: grad_diff((h[:1], y[:1]), (h[1:2], y[1:2]), W),
+        lambda h, W, y: grad_ascent(h, W, y, dialect="llm_unlearn"),
+        lambda h, W, y: simnpo(h, W, y),
+        lambda h, W, y: wga(h[1:2], W, y[1:2]),
+    ],
+)
+def test_a_frozen_head_and_a_sequence_without_labels(head: MakeHead, loss: Loss) -> None:
+    x = head((3, 7), 12, 43)
+    x.labels[1] = -100
+    h = x.h.requires_grad_()
+    value = loss(h, x.W, x.labels)
+    assert value.isnan()
+    (gradient,) = torch.autograd.grad(value, h)
+    assert not gradient[1].any()
 
 
 def test_losses_compile(head: MakeHead) -> None:

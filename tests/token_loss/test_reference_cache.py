@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from unlearn_kernels.token_loss import (
     undial,
     wtnpo,
 )
+from unlearn_kernels.token_loss._cache_files import Manifest
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -196,6 +198,91 @@ def test_other_labels_and_missing_samples_are_refused(tmp_path: Path) -> None:
         ReferenceCache.build(tmp_path, model, [{"input_ids": labels}])
     with pytest.raises(FileExistsError, match="must be empty"):
         ReferenceCache.create(tmp_path, model)
+
+
+def changed(batch: dict[str, Any], name: str, row: int, column: int) -> dict[str, Any]:
+    values = batch[name].clone()
+    values[row, column] = (values[row, column] + 1) % 50
+    return batch | {name: values}
+
+
+@pytest.mark.parametrize(("name", "column"), [("input_ids", 0), ("labels", 4)])
+def test_a_key_that_comes_to_mean_another_text_is_refused(tmp_path: Path, name: str, column: int) -> None:
+    model, (batch,) = Tiny(), batches((2,))
+    ReferenceCache.build(tmp_path / "a", model, [batch])
+    other, message = (
+        changed(batch, name, 1, column),
+        "sample 11 was made of other tokens or labels: build a new",
+    )
+    for again in ([other], [batch | {"index": torch.tensor([10, 12])}, other]):
+        with pytest.raises(StoreError, match=message):  # skipped; together with a new sample
+            ReferenceCache.build(tmp_path / "a", model, again)
+    assert ReferenceCache.open(tmp_path / "a", model).keys() == [10, 11, 12]
+    with pytest.raises(StoreError, match=message):  # within one build
+        ReferenceCache.build(tmp_path / "b", model, [batch, other])
+    with pytest.raises(StoreError, match="sample 7 was made of other tokens or labels"):
+        ReferenceCache.build(tmp_path / "c", model, [batch | {"index": [7, 7]}])
+    built = ReferenceCache.build(tmp_path / "c", model, [{k: v[:1] for k, v in batch.items()}] * 2)
+    assert built.keys() == [7, 10]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_other_padding_is_the_same_text(tmp_path: Path, masked: bool) -> None:
+    model, (batch,) = Tiny(), batches((3,))
+    batch = batch if masked else {k: v for k, v in batch.items() if k != "attention_mask"}
+    ReferenceCache.build(tmp_path, model, [batch])
+    fill = {"input_ids": 3, "labels": -100, "attention_mask": 0}
+    wider = {k: nn.functional.pad(v, (0, 2), value=fill[k]) for k, v in batch.items() if k in fill}
+    wider["input_ids"][1, 8] = 5  # padding: the second text is one token shorter
+    assert ReferenceCache.build(tmp_path, model, [wider | {"index": batch["index"]}]).keys() == [10, 11, 12]
+
+
+def test_caches_of_an_earlier_commit_are_read(tmp_path: Path) -> None:
+    model, (batch,) = Tiny(), batches((2,))
+    ReferenceCache.build(tmp_path, model, [batch])
+    manifest = Manifest.read(tmp_path)
+    del manifest.shards[0].files["inputs.bin"]
+    (tmp_path / "00000000" / "inputs.bin").unlink()
+    manifest.write(tmp_path)
+    other = changed(batch, "input_ids", 0, 0)
+    cache = ReferenceCache.build(tmp_path, model, [other | {"index": batch["index"]}])
+    cache.verify()
+    with pytest.raises(StoreError, match="sample 11 was made of other"):  # labels are known
+        ReferenceCache.build(tmp_path, model, [changed(batch, "labels", 1, 4) | {"index": [3, 11]}])
+
+
+def test_keys_of_numpy_and_tensors(tmp_path: Path) -> None:
+    model, (batch,) = Tiny(), batches((2,))
+    labels = batch["labels"][:, 1:]
+    with ReferenceCache.create(tmp_path / "a", model) as cache:
+        cache.add(np.array([10, 11]), rows_of(model, batch), batch)
+    listed = [batch | {"index": [np.int64(10), torch.tensor(11)]}]
+    for cache in (
+        ReferenceCache.open(tmp_path / "a", model),
+        ReferenceCache.build(tmp_path / "b", model, [batch], hidden=True),
+        ReferenceCache.build(tmp_path / "c", model, listed),
+    ):
+        expected = cache.sequence_nll([10, 11])
+        for keys in (batch["index"], list(batch["index"]), np.array([10, 11]), [np.int64(10), np.int32(11)]):
+            assert torch.equal(cache.sequence_nll(keys, labels), expected)
+            assert cache.token_nll(keys, labels).shape == labels.shape
+        assert torch.tensor(10) in cache
+        assert np.int64(12) not in cache
+        assert cache.keys() == [10, 11]
+        with pytest.raises(ValueError, match="keys must be integers or strings, got float"):
+            cache.sequence_nll([10.0])
+    assert ReferenceCache.open(tmp_path / "b", None).reference(batch["index"], labels)[0].shape == (2, 8, 16)
+    calls: list[Any] = []
+    with pytest.raises(ValueError, match="keys must be integers or strings, got tuple"):
+        ReferenceCache.build(tmp_path / "d", model, [batch | {"index": [(1, 2), (1, 3)]}], rows=calls.append)
+    assert calls == []
+
+
+def test_modes_of_modules_come_back(tmp_path: Path) -> None:
+    model = Tiny().train()
+    model.mix.eval()
+    ReferenceCache.build(tmp_path, model, batches((2,)))
+    assert [m.training for m in (model, model.mix, model.dropout)] == [True, False, True]
 
 
 def test_writers_are_kept_apart_and_types_are_fixed(tmp_path: Path) -> None:

@@ -150,6 +150,27 @@ def test_frozen_head_with_any_upstream_gradient(head: MakeHead, name: str) -> No
     torch.testing.assert_close(frozen, gradients(x, LOSSES[name])[:2])
 
 
+@EACH_LOSS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_rows_get_no_gradient_of_a_frozen_head(head: MakeHead, name: str, value: float) -> None:
+    x = head((3, 7), 5, 17)
+    h, ignored = x.h.requires_grad_(), x.labels == -100
+    upstream = randn(3, 7, seed=5).masked_fill(ignored, value)
+    (found,) = torch.autograd.grad(LOSSES[name](x, h, x.W, x.bias), h, upstream)
+    (clean,) = torch.autograd.grad(LOSSES[name](x, h, x.W, x.bias), h, upstream.masked_fill(ignored, 0.0))
+    assert torch.equal(found, clean)
+    assert not found[ignored].any()
+
+
+@EACH_LOSS
+def test_a_mean_of_nothing_gives_a_frozen_head_no_gradient(head: MakeHead, name: str) -> None:
+    x = head((2, 5), 4, 6, ignored=1.1)
+    h = x.h.requires_grad_()
+    (loss,) = LOSSES[name](x, h, x.W, x.bias, reduction="mean")
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, h)[0].any()
+
+
 def test_many_chunks_of_rows(head: MakeHead) -> None:
     check(head((300,), 8, 20_001), LOSSES["kl"], reduction="sum")
     check(head((500,), 8, 20_001), LOSSES["ceu"], reduction="mean")
@@ -292,6 +313,14 @@ def test_a_distance_to_itself_is_zero(head: MakeHead) -> None:
         assert linear_kl(x.h, x.W, (x.h, x.W), direction=direction).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["stats", "maxmean"])
+def test_one_word_alone(head: MakeHead, name: str) -> None:
+    x = head((5,), 4, 1, ignored=0.0)
+    found, plain = (gradients(x, ALL[name], backend=backend) for backend in ("cpp", "reference"))
+    torch.testing.assert_close(found, plain)
+    assert all(g.isfinite().all() for g in plain[-3:])
+
+
 def test_second_derivatives_are_refused(head: MakeHead) -> None:
     x = head((4,), 3, 5, torch.float64)
     h = x.h.requires_grad_()
@@ -318,7 +347,7 @@ def test_misuse_of_the_reference(head: MakeHead, reference: Any, message: str) -
 
 def test_other_misuse(head: MakeHead) -> None:
     x = head((9,), 5, 7)
-    with pytest.raises(ValueError, match="softcap must be positive, got 0"):
+    with pytest.raises(ValueError, match="softcap must be positive and finite, got 0"):
         linear_stats(x.h, x.W, x.labels, softcap=0)
     with pytest.raises(ValueError, match="direction must be forward, reverse or cross, got 'both'"):
         linear_kl(x.h, x.W, (x.h, x.W), direction="both")

@@ -101,6 +101,27 @@ def test_frozen_head(head: MakeHead, reduction: str, dtype: torch.dtype) -> None
     assert_as_exact_as("d_h", d_h(x, ours), d_h(x.double(), eager), d_h(x, eager))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignored_rows_get_no_gradient_of_a_frozen_head(head: MakeHead, value: float) -> None:
+    x = head((3, 7), 5, 17)
+    h, upstream = x.h.requires_grad_(), randn(3, 7, seed=5).masked_fill(x.labels == -100, value)
+    assert (x.labels == -100).any()
+    found, plain = (
+        torch.autograd.grad(linear_nll(h, x.W, x.labels, backend=backend), h, upstream)[0]
+        for backend in (None, "reference")
+    )
+    torch.testing.assert_close(found, plain)
+    assert not found[x.labels == -100].any()
+
+
+def test_a_mean_of_nothing_gives_a_frozen_head_no_gradient(head: MakeHead) -> None:
+    x = head((2, 5), 4, 6, ignored=1.1)
+    h = x.h.requires_grad_()
+    loss = linear_nll(h, x.W, x.labels, reduction="mean")
+    assert loss.isnan()
+    assert not torch.autograd.grad(loss, h)[0].any()
+
+
 @REDUCTIONS
 def test_nothing_counts(head: MakeHead, reduction: str) -> None:
     x = head((5,), 4, 6, ignored=1.1)

@@ -83,7 +83,8 @@ def _statistics(z: Tensor, y: Tensor | None) -> list[Tensor]:
     std = _times(p.detach(), (log_p - mean.unsqueeze(-1)).detach() ** 2).sqrt()
     top = z.topk(2, dim=-1).values if z.shape[-1] > 1 else functional.pad(z, (0, 1), value=-torch.inf)
     bad = torch.where(lse.isnan(), lse, 0.0).detach()
-    ceu = torch.zeros_like(nll) if y is None else _ceu(z, log_p, y)
+    # One word alone leaves nothing without its label.
+    ceu = torch.zeros_like(nll) if y is None or z.shape[-1] == 1 else _ceu(z, log_p, y)
     margin, peak = (top[..., 0] - top[..., 1]).detach() + bad, z.amax(-1) + bad
     return [nll, lse, mean, std, margin, peak, z.mean(-1), ceu, torch.zeros_like(lse)]
 

@@ -83,7 +83,8 @@ class Sample:
     """What is kept of a sample: of each token that counts its likelihood and, if wanted, its hidden states."""
 
     key: Key
-    digest: int
+    digest: int  # of the labels that count
+    inputs: int  # of the tokens that the model saw
     nll: Tensor  # (n,)
     hidden: Tensor | None  # (n, d)
 
@@ -120,6 +121,7 @@ def write_shard(folder: Path, manifest: Manifest, samples: list[Sample]) -> Shar
         "keys.json": [json.dumps([s.key for s in samples]).encode()],
         "lengths.bin": [_files.bytes_of(lengths)],
         "digests.bin": [_files.bytes_of(torch.tensor([s.digest for s in samples]))],
+        "inputs.bin": [_files.bytes_of(torch.tensor([s.inputs for s in samples]))],
         "sums.bin": [_files.bytes_of(sums)],
     }
     if manifest.with_tokens:
@@ -142,6 +144,8 @@ class Shard:
         self.keys: list[Key] = json.loads((self.folder / "keys.json").read_bytes())
         self.lengths = array(self.folder / "lengths.bin", "int64", n)
         self.digests = array(self.folder / "digests.bin", "int64", n)
+        known = "inputs.bin" in info.files  # not written at first
+        self.inputs = array(self.folder / "inputs.bin", "int64", n) if known else torch.full((n,), -1)
         self.sums = array(self.folder / "sums.bin", "float64", n)
         self.ends = self.lengths.cumsum(0)
         self.nll = array(self.folder / "nll.bin", manifest.dtype, tokens) if manifest.with_tokens else None

@@ -1,7 +1,15 @@
 """Checks of hidden states, heads and labels, with errors that name the argument."""
 
+import math
+from typing import Final
+
 import torch
 from torch import Tensor
+
+from unlearn_kernels._checks import check_range
+
+# An `ignore_index` that is no label: every row counts.
+NO_LABEL: Final = -(1 << 62)
 
 
 def check_head(h: Tensor, W: Tensor, bias: Tensor | None, suffix: str = "") -> None:
@@ -29,18 +37,24 @@ def check_head(h: Tensor, W: Tensor, bias: Tensor | None, suffix: str = "") -> N
             )
 
 
-def check_labels(h: Tensor, labels: Tensor) -> None:
-    """Labels (*) of hidden states (*, d)."""
+def check_labels(h: Tensor, labels: Tensor) -> Tensor:
+    """Labels (*) of hidden states (*, d), as int64: in narrower types an ignored label may be a word's."""
     if labels.shape != h.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(h.shape[:-1])} to fit h, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if labels.device != h.device:
         raise ValueError(f"labels must be on the device of h, {h.device}, got {labels.device}")
+    return labels.long()
+
+
+def check_words(labels: Tensor, V: int, ignore_index: int) -> None:
+    """Labels that are words or ignored. Waits for the device."""
+    check_range("labels", labels, V, None if ignore_index == NO_LABEL else ignore_index)
 
 
 def check_logits(scale: float, softcap: float | None) -> tuple[float, float]:
     """Scale and soft-cap as the raw operators take them: 0 for no soft-cap."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     return float(scale), 0.0 if softcap is None else float(softcap)

@@ -1,5 +1,9 @@
 """Models as they are handed over: maybe wrapped, with a head somewhere."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 
@@ -15,3 +19,16 @@ def head_of(model: nn.Module) -> nn.Module | None:
     find = getattr(unwrapped(model), "get_output_embeddings", None)
     found: nn.Module | None = None if find is None else find()
     return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -39,7 +39,7 @@ class NllOptions(LogitOptions, total=False):
 
 def counting(labels: Tensor, options: LogitOptions) -> Tensor:
     """Which tokens count."""
-    return labels != options.get("ignore_index", -100)
+    return labels.long() != options.get("ignore_index", -100)
 
 
 def by_sequence(x: Tensor) -> Tensor:
@@ -47,9 +47,16 @@ def by_sequence(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1).sum(1) if x.numel() else x.new_zeros(x.shape[0]) + x.sum()
 
 
+def check_batched(labels: Tensor) -> None:
+    """Labels of sequences."""
+    if labels.dim() < 1:
+        raise ValueError(f"labels must have shape (B, ...), got {tuple(labels.shape)}")
+
+
 def check_sequences(name: str, values: Tensor, labels: Tensor) -> None:
     """One value a sequence."""
-    if labels.dim() < 1 or values.shape != labels.shape[:1]:
+    check_batched(labels)
+    if values.shape != labels.shape[:1]:
         wanted, got = tuple(labels.shape[:1]), tuple(values.shape)
         raise ValueError(f"{name} must have one value a sequence, {wanted}, got {got}")
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
-from unlearn_kernels._checks import check_range
-from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits
+from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits, check_words
 from unlearn_kernels.token_loss._rows import RowArguments
 
 # Hidden states (*, d'), head (V, d') and, with a third, bias (V,) of a reference model.
@@ -44,8 +43,7 @@ def arguments(
     """Checked arguments; the reference without its history."""
     check_head(h, W, bias)
     if labels is not None:
-        check_labels(h, labels)
-        labels = labels.long()
+        labels = check_labels(h, labels)
     ref_h, ref_W, ref_bias = (None, None, None) if reference is None else _reference(h, W, reference)
     settings = check_logits(scale, softcap)
     return RowArguments(
@@ -82,5 +80,5 @@ def run(name: str, backend: Backend | None, args: RowArguments, *more: Any) -> A
         return call(*args, *more)
     except (RuntimeError, IndexError):
         if args.labels is not None:
-            check_range("labels", args.labels, args.weight.shape[0], args.ignore_index)
+            check_words(args.labels, args.weight.shape[0], args.ignore_index)
         raise

@@ -17,6 +17,7 @@ from unlearn_kernels.token_loss._autograd import fake_gradients, one_by_one, ref
 from unlearn_kernels.token_loss._sweep import (
     Scaled,
     in_accumulation_type,
+    of_rows,
     scaled_eagerly,
     wants_gradient,
 )
@@ -135,20 +136,21 @@ class CombinationAndGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.need_weight, ctx.has_bias = inputs[2], inputs[5] is not None
+        ctx.need_weight, ctx.has_bias, ctx.ignore_index = inputs[2], inputs[5] is not None, inputs[10]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], *inputs[3:6])
+        ctx.save_for_backward(*output[1:], *inputs[3:6], inputs[9])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
+        d_h, d_weight, d_bias, *inputs, labels = ctx.saved_tensors
         rest = [None] * (len(RowArguments._fields) - 3)
         if grad is None:
             return (None,) * 6 + tuple(rest)
         scaled = scaled_eagerly if torch.compiler.is_compiling() else Scaled.apply
         if not ctx.need_weight:
-            return None, None, None, scaled(grad.unsqueeze(-1), d_h, *inputs), None, None, *rest
+            factor = of_rows(grad, labels, ctx.ignore_index)
+            return None, None, None, scaled(factor, d_h, *inputs), None, None, *rest
         d_h, d_weight, d_bias = (scaled(grad, x, *inputs) for x in (d_h, d_weight, d_bias))
         return None, None, None, d_h, d_weight, d_bias if ctx.has_bias else None, *rest
 

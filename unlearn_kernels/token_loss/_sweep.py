@@ -38,20 +38,20 @@ class NllAndGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Swept) -> None:
-        ctx.need_weight = inputs[8]
+        ctx.ignore_index, ctx.need_weight = inputs[5], inputs[8]
         ctx.mark_non_differentiable(*output[1:])
         # Or backward would be handed zeros of the size of the head for the gradient of `d_weight`.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], *inputs[1:4])
+        ctx.save_for_backward(*output[1:], *inputs[1:5])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_h, d_weight, d_bias, *inputs = ctx.saved_tensors
+        d_h, d_weight, d_bias, *inputs, labels = ctx.saved_tensors
         if grad is None:
             return (None,) * 11
         scaled = scaled_eagerly if torch.compiler.is_compiling() else Scaled.apply
         if not ctx.need_weight:
-            return None, scaled(grad.unsqueeze(-1), d_h, *inputs), *[None] * 9
+            return None, scaled(of_rows(grad, labels, ctx.ignore_index), d_h, *inputs), *[None] * 9
         d_h, d_weight, d_bias = (scaled(grad, x, *inputs) for x in (d_h, d_weight, d_bias))
         return None, d_h, d_weight, None if inputs[2] is None else d_bias, *[None] * 7
 
@@ -88,6 +88,12 @@ class Scaled(torch.autograd.Function):
 def scaled_eagerly(factor: Tensor, gradient: Tensor, *_: Tensor | None) -> Tensor:
     """The same out of place, for tracing."""
     return (factor * gradient).to(gradient.dtype)
+
+
+def of_rows(grad: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """What multiplies each row's gradient, (*, 1): 0 where the label is ignored, even of a mean over none."""
+    kept = grad if labels is None else torch.where(labels != ignore_index, grad, 0.0)
+    return kept.unsqueeze(-1)
 
 
 def _graph_is_kept() -> bool:

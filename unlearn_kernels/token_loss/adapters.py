@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 _CHUNK: Final = 1 << 26
+_COMPILED: Final = "_orig_mod."
+_WRAPPERS: Final = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 @contextmanager
@@ -64,10 +66,10 @@ def _can_switch(model: Any) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights and buffers: their names, shapes, dtypes and bits.
+    """A hash of a model's weights and buffers, saved or not: their names, shapes, dtypes and bits.
 
     Adapters that are off do not count, and neither do the names that they give to what is under them: a base model
-    has one fingerprint before PEFT wraps it and inside `adapter_off`.
+    has one fingerprint before PEFT wraps it and inside `adapter_off`, and before and after `torch.compile`.
 
     Args:
         model: any module whose tensors have data; of sharded ones (DTensor) every rank must call.
@@ -78,10 +80,11 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         ValueError: if a tensor has no data.
     """
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    bare: Any = model
+    while hasattr(bare, "_orig_mod") or isinstance(bare, _WRAPPERS):
+        bare = bare._orig_mod if hasattr(bare, "_orig_mod") else bare.module
     digest = hashlib.sha256()
-    for name, tensor in sorted(_weights(model).items()):
+    for name, tensor in sorted(_weights(bare).items()):
         if tensor.is_meta:
             raise ValueError(f"model: {name} is on the meta device and has no data")
         full = _full(tensor)
@@ -100,15 +103,26 @@ def _full(tensor: Any) -> Tensor:
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The state without what is switched off, under the names of the model that PEFT has wrapped."""
     if not any(getattr(module, "disable_adapters", None) is True for module in model.modules()):
-        return {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+        return _tensors(model)
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = {name: x for name, x in base.state_dict().items() if isinstance(x, Tensor)}
-    for prefix, module in base.named_modules():
+    kept = _tensors(base)
+    for path, module in base.named_modules():
+        prefix = path.replace(_COMPILED, "")
         for inner in ("base_layer", "original_module"):
             if isinstance(getattr(module, inner, None), nn.Module):
                 kept = _unwrapped(kept, f"{prefix}.", f"{prefix}.{inner}.")
     return kept
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state and the buffers that it leaves out, under the names of what was compiled."""
+    found = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if isinstance(buffer := module._buffers.get(name), Tensor):
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return {name.replace(_COMPILED, ""): x for name, x in found.items()}
 
 
 def _unwrapped(state: dict[str, Tensor], outer: str, inner: str) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ def linear_soft_ce(
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit, `reduction` is unknown, `beta` comes without a reference,
-            or a label is out of range.
+            or one word alone does, or a label is out of range.
         RuntimeError: if a gradient is differentiated again.
 
     Scratch and FLOPs: those of `linear_kl`; without a reference, of `linear_stats` and `linear_nll`.
@@ -164,6 +164,8 @@ def linear_soft_ce(
         raise ValueError(f"beta needs a reference, got beta {beta} and none")
     if labels is None and (reference is None or beta != 0):
         raise ValueError("labels are needed unless there is a reference and beta is 0, got None")
+    if reference is None and W.shape[0] == 1:
+        raise ValueError("W must have words besides the label without a reference, got 1")
     kind = STATS if reference is None else PAIR
     args = arguments(kind, h, W, bias, reference, labels, ignore_index, scale, softcap, beta)
     terms = ((STAT_FIELDS.index("ceu"), 1.0),) if reference is None else _pair(soft=1.0)

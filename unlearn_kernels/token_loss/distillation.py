@@ -8,7 +8,14 @@ from typing_extensions import Unpack
 
 from unlearn_kernels._backends import REGISTRY, select
 from unlearn_kernels.reference.token_rows import PAIR, PAIR_FIELDS, linear_rows
-from unlearn_kernels.token_loss._options import LogitOptions, check_dialect, counting, total_over
+from unlearn_kernels.token_loss._checks import NO_LABEL, check_labels
+from unlearn_kernels.token_loss._options import (
+    LogitOptions,
+    check_batched,
+    check_dialect,
+    counting,
+    total_over,
+)
 from unlearn_kernels.token_loss._public import Reference, arguments
 from unlearn_kernels.token_loss._rows import LinearRows
 from unlearn_kernels.token_loss.distances import linear_kl, linear_soft_ce
@@ -120,9 +127,15 @@ def undial(
     Source: Dong et al. 2024 (UNDIAL, arXiv 2402.10052), as in open-unlearning's `compute_undial_loss`.
     """
     if not fixed:
-        last = W.shape[0] + options.get("ignore_index", -100)
-        labels = torch.where(counting(labels, options), labels.long(), last)
-        options["ignore_index"] = -(1 << 62)
+        ignore_index = options.get("ignore_index", -100)
+        kept, last = counting(labels, options), W.shape[0] + ignore_index
+        if not 0 <= last < W.shape[0] and not kept.all():
+            raise ValueError(
+                f"ignore_index must be in [-{W.shape[0]}, 0), the word that rows without labels lower, or fixed=True "
+                f"given, got {ignore_index}"
+            )
+        labels = torch.where(kept, check_labels(h, labels), last)
+        options["ignore_index"] = NO_LABEL
     return linear_soft_ce(h, W, labels, reference, beta=beta, reduction="mean", **options)
 
 
@@ -151,11 +164,10 @@ def ceu(h: Tensor, W: Tensor, labels: Tensor, *, skip: int = 1, **options: Unpac
     """
     if skip < 0:
         raise ValueError(f"skip must not be negative, got {skip}")
-    if labels.dim() < 1:
-        raise ValueError(f"labels must have shape (B, ...), got {tuple(labels.shape)}")
+    check_batched(labels)
     if skip:
         order = counting(labels, options).reshape(labels.shape[0], -1).cumsum(1).reshape(labels.shape)
-        labels = labels.masked_fill(order <= skip, options.get("ignore_index", -100))
+        labels = check_labels(h, labels).masked_fill(order <= skip, options.get("ignore_index", -100))
     return linear_soft_ce(h, W, labels, reduction="mean", **options)
 
 

@@ -1,12 +1,13 @@
 """What a model's head reads: hidden states, head and shifted labels of a batch, with no logits made."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
 from unlearn_kernels.token_loss._models import head_of
-from unlearn_kernels.token_loss._options import LogitOptions
+from unlearn_kernels.token_loss._options import LogitOptions, counting
 from unlearn_kernels.token_loss.lazy import LazyLogits, lazy_logits
 
 Batch = Mapping[str, Any]
@@ -46,11 +47,15 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
     Args:
         model: a causal language model as `transformers` builds them, also under PEFT with a plain head.
         batch: the model's inputs. `labels` (B, T), unshifted, mark and name the tokens that count; without, every
-            token that `attention_mask` keeps does. `index` is not passed on.
+            token that `attention_mask` keeps does. `index` is not passed on, and neither are labels: what a model would
+            add to its own loss, such as a router's loss of a mixture of experts, is not in these rows.
         ignore_index: the label of tokens that do not count.
 
     Returns:
         `HiddenRows` of T - 1 rows a sequence, differentiable where the model is.
+
+    Warns:
+        RuntimeWarning: if the model made such a loss, with a gradient.
 
     Raises:
         ValueError: if the model has no head that is a linear layer, or changes logits in a way not known.
@@ -62,12 +67,20 @@ def hidden_rows(model: nn.Module, batch: Batch, *, ignore_index: int = -100) -> 
     if labels is None:
         mask = inputs.get("attention_mask")
         labels = inputs["input_ids"]
-        labels = labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
+        labels = labels if mask is None else labels.long().masked_fill(mask == 0, ignore_index)
     with lazy_logits(model, head=head):
         output = model(**{k: v for k, v in inputs.items() if k not in _NOT_INPUTS})
+    auxiliary = getattr(output, "aux_loss", None)
+    if isinstance(auxiliary, Tensor) and auxiliary.requires_grad:
+        warnings.warn(
+            f"{type(model).__name__} makes an auxiliary loss of its router (output_router_logits), which no loss of "
+            "hidden rows contains: add it yourself, or turn it off",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     h, W, options = _parts(model, _logits(output), head)
     options["ignore_index"] = ignore_index
-    counts = (labels != ignore_index).sum(-1)
+    counts = counting(labels, options).sum(-1)
     return HiddenRows(h[..., :-1, :], W, labels[..., 1:], options, counts)
 
 

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from unlearn_kernels.token_loss._options import (
     NllOptions,
     by_sequence,
+    check_batched,
     check_dialect,
     check_tokens,
     counting,
@@ -53,6 +54,7 @@ def grad_ascent(
     check_dialect(dialect, ("open_unlearning", "llm_unlearn"))
     if dialect == "open_unlearning":
         return -linear_nll(h, W, labels, reduction="mean", **options)
+    check_batched(labels)
     counts = by_sequence(counting(labels, options).to(torch.int64))
     return -(by_sequence(linear_nll(h, W, labels, **options)) / counts).mean()
 

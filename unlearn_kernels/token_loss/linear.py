@@ -7,12 +7,11 @@ from typing_extensions import Unpack
 
 from unlearn_kernels import _ops
 from unlearn_kernels._backends import FLOATS, Backend, Impl, Operator, register, select
-from unlearn_kernels._checks import check_range
 from unlearn_kernels.reference import token_loss as reference
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss import _sweep
 from unlearn_kernels.token_loss._autograd import LinearNll
-from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits
+from unlearn_kernels.token_loss._checks import check_head, check_labels, check_logits, check_words
 from unlearn_kernels.token_loss._options import NllOptions
 
 Reduction = Literal["none", "sum", "mean"]
@@ -74,7 +73,7 @@ def swept_preference(
     """
     bias, ignore_index = options.get("bias"), options.get("ignore_index", -100)
     check_head(h, W, bias)
-    check_labels(h, labels)
+    labels = check_labels(h, labels)
     settings = check_logits(options.get("scale", 1.0), options.get("softcap"))
     head = (W,) if bias is None else (W, bias)
     chosen = select("linear_nll", options.get("backend"), (h, *head))
@@ -85,11 +84,9 @@ def swept_preference(
         return None
     weights, bounds = (x.to(accumulation_dtype(h)) for x in (weights, bounds))
     try:
-        return _sweep.sequence_preference(
-            weights, bounds, beta, h, W, bias, labels.long(), ignore_index, *settings
-        )
+        return _sweep.sequence_preference(weights, bounds, beta, h, W, bias, labels, ignore_index, *settings)
     except (RuntimeError, IndexError):
-        check_range("labels", labels, W.shape[0], ignore_index)
+        check_words(labels, W.shape[0], ignore_index)
         raise
 
 
@@ -208,7 +205,7 @@ def linear_nll(
     arXiv 2410.10989).
     """
     check_head(h, W, bias)
-    check_labels(h, labels)
+    labels = check_labels(h, labels)
     settings = check_logits(scale, softcap)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean, got {reduction!r}")
@@ -217,7 +214,7 @@ def linear_nll(
     tensors = (h, W) if bias is None else (h, W, bias)
     call = select("linear_nll", backend, tensors)
     try:
-        return call(h, W, bias, labels.long(), ignore_index, *settings, reduction, memory_budget)
+        return call(h, W, bias, labels, ignore_index, *settings, reduction, memory_budget)
     except (RuntimeError, IndexError):
-        check_range("labels", labels, W.shape[0], ignore_index)
+        check_words(labels, W.shape[0], ignore_index)
         raise

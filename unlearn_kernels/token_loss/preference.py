@@ -11,6 +11,7 @@ from unlearn_kernels.reference.dtypes import accumulation_dtype
 from unlearn_kernels.token_loss._options import (
     NllOptions,
     by_sequence,
+    check_batched,
     check_dialect,
     check_positive,
     check_sequences,
@@ -144,6 +145,7 @@ def simnpo(
     if dialect == "wmdp":
         nll = linear_nll(h, W, labels, **options)
         return -2 / beta * functional.logsigmoid(beta * (nll.sum() / counts.sum() - delta))
+    check_batched(labels)
     size = by_sequence(counts.to(torch.int64))
     if lengths is not None:
         check_sequences("lengths", lengths, labels)
@@ -216,6 +218,8 @@ def dpo(
     """
     check_positive("beta", beta)
     check_dialect(dialect, ("open_unlearning", "tofu", "flat"))
+    for _, labels in (win, lose):
+        check_batched(labels)
     if win[1].shape[:1] != lose[1].shape[:1]:
         raise ValueError(f"win and lose must have as many sequences, got {len(win[1])} and {len(lose[1])}")
     margins = []

@@ -14,7 +14,10 @@ from unlearn_kernels import _files
 from unlearn_kernels._files import StoreError
 from unlearn_kernels.token_loss import _cache_files as files
 from unlearn_kernels.token_loss._cache_files import Key, Manifest, Sample, Shard
+from unlearn_kernels.token_loss._models import evaluating
+from unlearn_kernels.token_loss._options import counting
 from unlearn_kernels.token_loss._public import Reference
+from unlearn_kernels.token_loss._samples import UNKNOWN, inputs_of, keys_of, plain_key, plain_keys
 from unlearn_kernels.token_loss.adapters import fingerprint
 from unlearn_kernels.token_loss.hidden import HiddenRows, MakeRows, hidden_rows
 from unlearn_kernels.token_loss.linear import linear_nll
@@ -31,7 +34,9 @@ class ReferenceCache:
     Of every sample the sum of its tokens' negative log-likelihoods (NPO, DPO), of every token that counts its own
     (TNPO), and if wanted its hidden states, with the reference's head once (KL, UNDIAL): d numbers a token that give
     the reference's whole distribution, where a cache of the k likeliest words would not. Everything is kept as it
-    was computed, to the bit, with a checksum of the labels it belongs to.
+    was computed, to the bit, with checksums of the tokens and labels it belongs to.
+
+    Keys are integers or strings, one at a time or in lists, arrays and tensors.
 
     One process writes at a time. A writer that is killed loses what it had not flushed, and `build` goes on from there.
 
@@ -115,8 +120,8 @@ class ReferenceCache:
     ) -> "ReferenceCache":
         """Run a model over a data set once and keep what losses need of it, or go on where an earlier call was killed.
 
-        Batches whose samples are all there are skipped without a forward pass. The model runs without gradients, in
-        evaluation mode, and is left in the mode it was in.
+        Batches whose samples are all there are skipped without a forward pass, if their tokens are still the same. The
+        model runs without gradients, in evaluation mode, and every module is left in the mode it was in.
 
         Args:
             path: the folder, new or that of an earlier call.
@@ -132,23 +137,24 @@ class ReferenceCache:
             The cache, closed for writing.
 
         Raises:
-            ValueError: if a batch has no keys.
-            StoreError: as `open`, or if the folder keeps something else than what is asked for here.
+            ValueError: if a batch has no keys, or others than integers and strings.
+            StoreError: as `open`; if the folder keeps something else than what is asked for here; or if a key comes
+                with other `input_ids` (those that `attention_mask` keeps) or labels than before, in this call or an
+                earlier one. Caches of an earlier commit do not know their `input_ids`.
         """
         cache = cls._resumed(Path(path), model, tokens, hidden)
-        training = model.training
         try:
-            model.eval()
-            for batch in batches:
-                keys = _keys(batch, key)
-                if not all(k in cache for k in keys):
-                    with torch.no_grad():
-                        cache.add(keys, rows(model, batch))
-                if progress is not None:
-                    progress(len(cache))
+            with evaluating(model):
+                for batch in batches:
+                    keys = keys_of(batch, key)
+                    if all(k in cache for k in keys):
+                        cache._check_inputs(keys, inputs_of(batch, len(keys)))
+                    else:
+                        cache.add(keys, rows(model, batch), batch)
+                    if progress is not None:
+                        progress(len(cache))
             cache.flush()
         finally:
-            model.train(training)
             cache.close()
         return cache
 
@@ -175,6 +181,7 @@ class ReferenceCache:
         return len(self._places) + len(self._pending)
 
     def __contains__(self, key: Key) -> bool:
+        key = plain_key(key)
         return key in self._places or key in self._pending
 
     def keys(self) -> list[Key]:
@@ -194,36 +201,60 @@ class ReferenceCache:
         if self._lock is None:
             raise StoreError(f"{self.path} is not open for writing: pass write=True to open")
 
-    def add(self, keys: Sequence[Key], rows: HiddenRows) -> None:
-        """Take in samples; those whose key is there already are left as they are.
+    def add(self, keys: Sequence[Key], rows: HiddenRows, batch: Any = None) -> None:
+        """Take in samples; those that are there already are left as they are.
 
         They are safe on disk after `flush`, which comes by itself every 30 seconds or 256 MB.
 
         Args:
             keys: one a sequence, integers or strings.
             rows: hidden states of the reference, its head, and shifted labels.
+            batch: what these were made of: its `input_ids` are remembered by a checksum.
 
         Raises:
-            ValueError: if there are not as many keys as sequences.
-            StoreError: if the cache is not open for writing, or keeps numbers of another type.
+            ValueError: if there are not as many keys as sequences, or others than integers and strings.
+            StoreError: if the cache is not open for writing, keeps numbers of another type, or has a sample of that
+                key with other tokens or labels.
         """
         self._writable()
+        keys = plain_keys(keys)
         if len(keys) != len(rows.labels):
             raise ValueError(f"keys must be one a sequence, {len(rows.labels)}, got {len(keys)}")
         nll = linear_nll(rows.h.detach(), rows.W.detach(), rows.labels, **rows.options).detach().cpu()
         self._fix_types(nll, rows)
-        counting = rows.labels != rows.options.get("ignore_index", -100)
+        kept = counting(rows.labels, rows.options)
+        inputs = inputs_of(batch, len(keys))
+        digests = [files.digest_of(y[k]) for y, k in zip(rows.labels, kept, strict=True)]
         for i, key in enumerate(keys):
-            if key not in self:
-                self._pend(key, nll[i], rows.h[i], rows.labels[i], counting[i])
+            if key in self:
+                self._check_inputs([key], inputs[i : i + 1], digests[i : i + 1])
+            else:
+                hidden = rows.h[i][kept[i]].detach().cpu() if self._manifest.with_hidden else None
+                self._pend(Sample(key, digests[i], inputs[i], nll[i][kept[i].cpu()], hidden))
         if self._pending_bytes >= _FLUSH_BYTES or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()
 
-    def _pend(self, key: Key, nll: Tensor, h: Tensor, labels: Tensor, counting: Tensor) -> None:
-        hidden = h[counting].detach().cpu() if self._manifest.with_hidden else None
-        sample = Sample(key, files.digest_of(labels[counting]), nll[counting.cpu()], hidden)
-        self._pending[key] = sample
-        self._pending_bytes += sample.nll.nbytes + (0 if hidden is None else hidden.nbytes)
+    def _pend(self, sample: Sample) -> None:
+        self._pending[sample.key] = sample
+        self._pending_bytes += sample.nll.nbytes + (0 if sample.hidden is None else sample.hidden.nbytes)
+
+    def _check_inputs(self, keys: list[Key], inputs: list[int], digests: list[int] | None = None) -> None:
+        """Whether samples that are there were made of these tokens and labels, as far as they are known."""
+        for i, key in enumerate(keys):
+            seen, digest = self._seen(key)
+            same = digests is None or digests[i] == digest
+            if not same or (seen != inputs[i] and UNKNOWN not in (seen, inputs[i])):
+                raise StoreError(
+                    f"sample {key!r} was made of other tokens or labels: build a new cache for this data, and give "
+                    "every sample a key of its own"
+                )
+
+    def _seen(self, key: Key) -> tuple[int, int]:
+        """Checksums of the tokens and of the labels that count."""
+        if key in self._pending:
+            return self._pending[key].inputs, self._pending[key].digest
+        shard, row = self._places[key]
+        return int(shard.inputs[row]), int(shard.digests[row])
 
     def _fix_types(self, nll: Tensor, rows: HiddenRows) -> None:
         """The first samples say of which types a cache's numbers are, and bring the head."""
@@ -336,17 +367,19 @@ class ReferenceCache:
     def _found(
         self, keys: Sequence[Key], labels: Tensor | None, ignore_index: int
     ) -> list[tuple[Shard, int]]:
+        keys = plain_keys(keys)
         if self._pending and not self._pending.keys().isdisjoint(keys):
             self.flush()
         if labels is not None and (labels.dim() != 2 or len(labels) != len(keys)):
             raise ValueError(f"labels must have shape ({len(keys)}, T), got {tuple(labels.shape)}")
+        kept = None if labels is None else labels.long() != ignore_index
         places = []
         for i, key in enumerate(keys):
             if key not in self._places:
                 raise KeyError(f"{self.path} has no sample {key!r}; build goes on where it ended")
             shard, row = self._places[key]
-            if labels is not None:
-                own = labels[i][labels[i] != ignore_index]
+            if labels is not None and kept is not None:
+                own = labels[i][kept[i]]
                 if len(own) != int(shard.lengths[row]) or files.digest_of(own) != int(shard.digests[row]):
                     raise StoreError(
                         f"labels of sample {key!r} are not those that the reference saw "
@@ -381,13 +414,6 @@ def _check_model(folder: Path, manifest: Manifest, found: str) -> None:
         )
 
 
-def _keys(batch: Any, name: str) -> list[Key]:
-    if name not in batch:
-        raise ValueError(f"batches must have their samples' keys under {name!r}, got {sorted(batch)}")
-    found = batch[name]
-    return found.tolist() if isinstance(found, Tensor) else list(found)
-
-
 def _spread(
     parts: list[Tensor], labels: Tensor, ignore_index: int, tail: tuple[int, ...], dtype: str | None
 ) -> Tensor:
@@ -395,5 +421,5 @@ def _spread(
     target = getattr(torch, dtype or "float32")
     out = torch.zeros(*labels.shape, *tail, dtype=target, device=labels.device)
     if parts:
-        out[labels != ignore_index] = torch.cat(parts).to(labels.device)
+        out[labels.long() != ignore_index] = torch.cat(parts).to(labels.device)
     return out

@@ -51,7 +51,7 @@ def rmu(activations: Tensor, target: Tensor, mask: Tensor | None = None, *, fixe
 
     Args:
         activations: (B, T, d).
-        target: broadcastable to them; a constant.
+        target: of a shape that broadcasts to theirs; a constant.
         mask: which tokens count, (B, T); all without.
         fixed: leave sequences that have no such token out, instead of the source's 0 / 0 = NaN.
 
@@ -68,12 +68,12 @@ def rmu(activations: Tensor, target: Tensor, mask: Tensor | None = None, *, fixe
     if activations.dim() != 3:
         raise ValueError(f"activations must have shape (B, T, d), got {tuple(activations.shape)}")
     try:
-        torch.broadcast_shapes(target.shape, activations.shape)
+        fits = torch.broadcast_shapes(target.shape, activations.shape) == activations.shape
     except RuntimeError:
+        fits = False
+    if not fits:
         shapes = tuple(activations.shape), tuple(target.shape)
-        raise ValueError(
-            f"target must be broadcastable to activations {shapes[0]}, got {shapes[1]}"
-        ) from None
+        raise ValueError(f"target must be broadcastable to activations {shapes[0]}, got {shapes[1]}")
     mask = activations.new_ones(activations.shape[:2]) if mask is None else mask
     if mask.shape != activations.shape[:2]:
         raise ValueError(f"mask must have shape {tuple(activations.shape[:2])}, got {tuple(mask.shape)}")

@@ -22,7 +22,7 @@ class TokenStats(NamedTuple):
         std: standard deviation of log p under p.
         hit: whether the label is the most likely word (the first of equals).
         margin: log p of the most likely word minus that of the next.
-        argmax: the most likely word, the first of equals.
+        argmax: the most likely word, the first of equals; any of them where a logit is NaN.
     """
 
     nll: Tensor
@@ -158,8 +158,8 @@ def linear_stats(
     args = arguments(STATS, h, W, bias, None, labels, ignore_index, scale, softcap)
     nll, mean, std, margin, argmax = run("linear_stats", backend, args)
     hit = torch.zeros_like(argmax, dtype=torch.bool)
-    if labels is not None:
-        hit = (argmax == labels) & (labels != ignore_index)
+    if args.labels is not None:
+        hit = (argmax == args.labels) & (args.labels != ignore_index)
     return TokenStats(nll, mean, std, hit, margin, argmax)
 
 

@@ -1,5 +1,6 @@
 """Membership attacks on the tokens of a table: loss, zlib, reference, Min-K, Min-K++. Low scores: seen in training."""
 
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -17,12 +18,19 @@ def published(table: TokenTable) -> Tensor:
     """Which tokens open-unlearning's `tokenwise_logprobs` keeps, (M,).
 
     All but a sample's last, which it takes for the end of the text; and none of a sample whose first position has a
-    label, since the slice then begins at -1. It also returns what lies in holes of the labels, as if it counted; here
-    that is left out.
+    label, since the slice then begins at -1: a warning says so where that leaves nothing at all. It also returns what
+    lies in holes of the labels, as if it counted; here that is left out.
     """
     keep = torch.ones_like(table.hit)
     keep[(table.lengths.cumsum(0) - 1)[table.lengths > 0]] = False
     keep[(table.counts > table.lengths)[table.samples]] = False
+    if len(keep) and not keep.any():
+        warnings.warn(
+            "no token of any sample is left as published: first positions have labels (batches without labels?), or "
+            "samples have one token; give labels of answers alone, or fixed=True",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return keep
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unlearn_kernels.token_loss.audits.table import evaluating
+from unlearn_kernels.token_loss._models import evaluating
+from unlearn_kernels.token_loss._options import counting
 from unlearn_kernels.token_loss.hidden import MakeRows, hidden_rows
 from unlearn_kernels.token_loss.linear import linear_nll
 
@@ -101,7 +102,7 @@ def mean_nll(model: nn.Module, batches: Iterable[Any], *, rows: MakeRows = hidde
             found = rows(model, batch)
             nll = linear_nll(found.h, found.W, found.labels, **found.options)
             total += float(nll.sum(dtype=torch.float64))
-            count += int((found.labels != found.options.get("ignore_index", -100)).sum())
+            count += int(counting(found.labels, found.options).sum())
     return total / count if count else float("nan")
 
 
@@ -195,7 +196,7 @@ def removal_audit(
     control: Sequence[Any] = (),
     before: float | None = None,
     relearning: Relearning | None = None,
-    parameters: Sequence[nn.Parameter] | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
     rows: MakeRows = hidden_rows,
 ) -> RemovalAudit:
     """Look behind a model's outputs: was the target removed, or only no longer said?
@@ -221,6 +222,7 @@ def removal_audit(
     2023 (arXiv 2309.17410) for paraphrases.
     """
     relearning = relearning or Relearning()
+    parameters = None if parameters is None else list(parameters)
 
     def nll(batches: Sequence[Any]) -> float | None:
         return mean_nll(model, batches, rows=rows) if len(batches) else None

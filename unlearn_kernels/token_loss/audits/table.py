@@ -1,7 +1,6 @@
 """Statistics of every label of a data set, from one pass of a model."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unlearn_kernels.token_loss._cache_files import Key
+from unlearn_kernels.token_loss._models import evaluating
+from unlearn_kernels.token_loss._options import counting
+from unlearn_kernels.token_loss._samples import plain_keys
 from unlearn_kernels.token_loss.hidden import MakeRows, hidden_rows
 from unlearn_kernels.token_loss.statistics import TokenStats, linear_stats
 
@@ -105,12 +107,11 @@ def token_stats(
     with evaluating(model):
         for batch in batches:
             made = rows(model, batch)
-            labels, ignored = made.labels, made.options.get("ignore_index", -100)
+            labels, kept = made.labels, counting(made.labels, made.options)
             found = linear_stats(made.h, made.W, labels, **made.options)
-            counting = labels != ignored
-            lengths = counting.sum(-1)
+            lengths = kept.sum(-1)
             counts = lengths if made.counts is None else made.counts
-            picked = [x[counting] for x in (labels, *_kept(found))]
+            picked = [x[kept] for x in (labels, *_kept(found))]
             parts.append([x.cpu() for x in (lengths, counts, *picked)])
             keys += _keys_of(batch, key, len(labels), len(keys))
             if progress is not None:
@@ -132,18 +133,4 @@ def _kept(found: TokenStats) -> tuple[Tensor, ...]:
 def _keys_of(batch: Any, name: str, size: int, done: int) -> list[Key]:
     if name not in batch:
         return list(range(done, done + size))
-    found = batch[name]
-    return found.tolist() if isinstance(found, Tensor) else list(found)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return plain_keys(batch[name])

@@ -54,7 +54,7 @@ def _nll_loss(
     if weight is not None or not _by_class(input.rows, "probs") or not _labels(input.rows, target):
         return NotImplemented
     # Of probabilities, as FLAT takes it: minus the label's.
-    kept = target != ignore_index
+    kept = target.long() != ignore_index
     values = torch.where(kept, -(-nll(input.rows, target, ignore_index)).exp(), 0.0)
     return _reduced(values, kept.sum(), reduction)
 
@@ -76,6 +76,7 @@ def _judged(rows: Rows, target: Any, weight: Tensor | None, ignore_index: int, r
         return lazy_loss(rows, target, ignore_index, reduction)
     if weight is None:
         return nll(rows, target, ignore_index)
+    target = target.long()
     kept = target != ignore_index
     each = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0)
     return _reduced(each * nll(rows, target, ignore_index), each.sum(), reduction)
