@@ -15,6 +15,7 @@ from unlearn_kernels.influence import (
 from unlearn_kernels.reference import curvature
 
 _QUERIES: Final = 16  # up to which the kernel that reads rows once beats three products
+_LOST: Final = 2e-4  # of a score, by rounding to float32
 
 
 def squared_norms(rows: Sequence[Tensor]) -> Tensor:
@@ -61,14 +62,14 @@ def datainf(
 
     Returns:
         (Q, n) float64. Every layer's rows are read from memory once where a layer fits in the last cache, for up to 16
-        queries on the CPU; above that three products of torch in float64, which the difference of near numbers needs
-        where rows are nearly parallel.
+        queries on the CPU, and sums are in float32. More queries, and those whose terms nearly cancel, as where rows
+        are nearly parallel, take three products of torch in float64.
 
     Raises:
         ValueError: if shapes do not fit, a damping is not positive, or a norm is not finite.
 
-    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`; above 16 queries 32 MB, or
-    `2 KB * (n + Q)`, of rows and queries in float64.
+    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`; in float64 32 MB, or
+    `2 KB * (n + Q)`, of rows and queries.
 
     Source: Kwon et al. 2024, arXiv 2310.00902 (DataInf).
     """
@@ -88,8 +89,21 @@ def datainf(
     wide = (norms[live].double().contiguous(), damping[live].double().contiguous())
     on_cpu = rows[0].device.type == "cpu" and all(x.dtype != torch.float64 for x in (*rows, *queries))
     if on_cpu and queries[0].shape[0] <= _QUERIES and _ops.no_extension() is None:
-        return _ops.raw("datainf_scores")(*([_floats(x) for x in xs] for xs in (rows, queries)), *wide)
+        scores = _ops.raw("datainf_scores")(*([_floats(x) for x in xs] for xs in (rows, queries)), *wide)
+        lost = _cancelled(queries, *wide, scores)
+        if len(lost):
+            scores[lost] = curvature.datainf_scores(rows, [v[lost] for v in queries], *wide)
+        return scores
     return curvature.datainf_scores(rows, queries, *wide)
+
+
+def _cancelled(queries: list[Tensor], norms: Tensor, damping: Tensor, scores: Tensor) -> Tensor:
+    """Which queries' scores are so small beside the terms they are a difference of that float32 has lost them."""
+    terms = torch.zeros_like(scores)
+    for v, norm, lam in zip(queries, norms, damping, strict=True):
+        terms += torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)[:, None] * norm.sqrt() / lam
+    rounding = torch.finfo(torch.float32).eps / 2 * terms.norm(dim=1)
+    return (rounding > _LOST * scores.norm(dim=1)).nonzero().flatten()
 
 
 def _floats(x: Tensor) -> Tensor:
