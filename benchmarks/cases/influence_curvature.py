@@ -110,10 +110,14 @@ def _datainf(x: Attribution) -> Tensor:
 
 def _three_products(x: Attribution) -> Tensor:
     from unlearn_kernels import influence
-    from unlearn_kernels.reference import curvature
 
+    total = torch.zeros(len(x.queries[0]), len(x.rows[0]), dtype=torch.float64, device=x.norms.device)
     damping = influence.datainf_damping(x.rows, x.norms)
-    return curvature.datainf_scores(x.rows, x.queries, x.norms, damping)
+    for g, v, norm, lam in zip(x.rows, x.queries, x.norms, damping, strict=True):
+        products = v @ g.T
+        weights = (products.double() / (lam + norm) / len(g)).to(g.dtype)
+        total += (products - weights @ g @ g.T).double() / lam
+    return total
 
 
 def _datainf64(x: Attribution) -> Tensor:

@@ -90,10 +90,10 @@ def random_project(
 
 
 def _type(proj_type: str) -> tuple[str, int]:
-    kind, _, multiple = str(getattr(proj_type, "value", proj_type)).partition("_")
-    if kind == "grass":
-        return kind, int(multiple or 4)
     whole = str(getattr(proj_type, "value", proj_type))
+    kind, _, multiple = whole.partition("_")
+    if kind == "grass" and (multiple or "4").isdecimal() and int(multiple or 4) > 0:
+        return kind, int(multiple or 4)
     if whole not in (*_KINDS, "identity", "random_mask"):
         raise ValueError(
             "proj_type must be one of normal, rademacher, sjlt, identity, random_mask, grass, grass_N, "
@@ -179,7 +179,7 @@ def ihvp_at_x_arnoldi(
         start = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         steps = max(1, min(max_iter - 1, rows.shape[1]))
         pairs = arnoldi(product, start.to(rows), steps=steps, top=min(top_k, steps))
-        return pairs.solve(rows, damping=regularization)
+        return pairs.solve(rows, damping=regularization).x
 
     return solve
 

@@ -37,8 +37,9 @@ class Projector(AbstractProjector):
         seed: less than 2^31.
         proj_type: `rademacher` or `normal`, or another kind of `influence.Projection`: `sjlt` and `srht` cost least.
         device: where projections are returned.
+        block_size: ignored.
         dtype: of what is returned; None for the gradients'.
-        others: of TRAK's projectors (`max_batch_size`, `block_size`), ignored.
+        others: of TRAK's projectors (`max_batch_size`, `model_id`), ignored.
 
     Raises:
         ValueError: for an unknown `proj_type` or a seed out of range.
@@ -51,8 +52,9 @@ class Projector(AbstractProjector):
         seed: int,
         proj_type: str | ProjectionType,
         device: str | torch.device,
-        *_: Any,
+        block_size: int = 100,
         dtype: torch.dtype | None = None,
+        *_: Any,
         **others: Any,
     ) -> None:
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
@@ -89,7 +91,7 @@ class Projector(AbstractProjector):
             running = projection.running()
             for g in grads.values():
                 running.add(g.detach().flatten(1) if g.dim() > 1 else g.detach()[:, None])
-            dtype, rows = g.dtype, running.result()
+            rows, dtype = running.result(), g.dtype
         return (rows * self.proj_dim**0.5).to(self.device, self.dtype or dtype)
 
 

@@ -162,6 +162,8 @@ def test_refusals() -> None:
         ours.ihvp_at_x_cg(loss, W, X, mode="fwd")
     for call, message in (
         (lambda: ours.random_project(x, 2, 4, 32, 0, "uniform"), "proj_type must be one of"),
+        (lambda: ours.random_project(x, 2, 4, 32, 0, "grass_x"), "grass, grass_N, got 'grass_x'"),
+        (lambda: ours.random_project(x, 2, 4, 32, 0, "grass_0"), "grass, grass_N, got 'grass_0'"),
         (lambda: ours.random_project(x, 2, 4, 32, -1), "proj_seed must be between 0 and"),
         (lambda: ours.random_project(x, 2, 4)(randn(2, 9)), "feature must have 8 numbers a row, got 9"),
     ):

@@ -151,3 +151,11 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_positional_arguments_are_those_of_basic_projector() -> None:
+    given = (50, 16, 0, "normal", "cpu", 100, torch.float64)
+    g = randn(2, 50)
+    assert Projector(*given).project(g, 0).dtype == BasicProjector(*given).dtype == torch.float64
+    with pytest.raises(ValueError, match="parts must make up 50 coordinates, got 0"):
+        Projector(*given).project({}, 0)

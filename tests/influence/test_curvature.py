@@ -102,6 +102,33 @@ def test_ekfac_against_the_dense_matrix(route: str | None, bias: bool) -> None:
     assert relative_error(x.flatten(1), torch.linalg.solve(dense, v.flatten(1).T).T) < 1e-10
 
 
+def test_ekfac_of_small_gradients_and_halves() -> None:
+    """Entries of Lambda of 1e-10 are no halves, and neither is the solution."""
+    a, g = randn(6, 5, 4), 1e-5 * randn(6, 5, 3, seed=1)
+    e, v = fitted(a, g), randn(2, 3, 4, dtype=torch.float16, seed=2)
+    x, residual = e.solve(v)
+    assert x.dtype == torch.float32
+    assert relative_error(x, e.solve(v.double()).x) < 1e-5
+    assert residual.max() < 1e-5
+
+
+def test_ekfac_of_no_gradients() -> None:
+    a, g = randn(6, 5, 4), torch.zeros(6, 5, 3)
+    e, v = fitted(a, g), torch.stack([torch.zeros(3, 4), torch.ones(3, 4)])
+    x, residual = e.solve(v)
+    assert not x.any()
+    assert residual.tolist() == [0, 1]
+    e.add_lambda(a[:0], g[:0])
+    assert not e.lambda_.any()
+    e.fit_basis()
+    e.add_lambda(a[:0], g[:0])
+    with pytest.raises(ValueError, match="add_lambda must come before"):
+        e.solve(v)
+    e.add_lambda(a, torch.full_like(g, torch.inf), route="factors")
+    with pytest.raises(ValueError, match="lambda_ must be finite, got a mean of"):
+        e.solve(v)
+
+
 def test_ekfac_routes_by_shape() -> None:
     assert EKFAC.route(64, 256, 256) == "factors"
     assert EKFAC.route(257, 256, 256) == "gradients"
@@ -123,7 +150,12 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    e.add_covariance(torch.full((2, 3, 4), torch.nan), randn(2, 3, 2))
+    with pytest.raises(ValueError, match="covariances must be finite, that of A is not"):
+        e.fit_basis()
     e = fitted(randn(4, 3, 5), randn(4, 3, 2, seed=1))
+    with pytest.raises(ValueError, match="route must be None or one of factors, gradients, got 'factor'"):
+        e.add_lambda(randn(4, 3, 5), randn(4, 3, 2), route="factor")
     with pytest.raises(ValueError, match=r"v must be \(Q, 2, 5\), got \(2, 5\)"):
         e.solve(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="damping must be positive"):

@@ -1,7 +1,11 @@
 """Inverse products against dense float64 solutions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_kernels.influence import (
     Woodbury,
@@ -12,6 +16,7 @@ from unlearn_kernels.influence import (
     datainf_damping,
     lissa,
     squared_norms,
+    woodbury,
     woodbury_solve,
 )
 from unlearn_kernels.testing import at_threads, randn, relative_error
@@ -80,12 +85,51 @@ def test_remove_and_constructor_errors() -> None:
     for bad in ([2], [5], [-1], [1, 1]):
         with pytest.raises(ValueError, match="index must name different rows that are left"):
             w.remove(bad)
+    for bad, dtype in ((torch.tensor([False, True]), "bool"), ([True], "bool"), ([1.0], "float32")):
+        with pytest.raises(ValueError, match=rf"index must be integers, got torch\.{dtype}"):
+            w.remove(bad)
+    assert len(w) == 4
+    w.remove([0, 1, 3, 4])
+    with pytest.raises(ValueError, match=r"index must name different rows that are left, got \[0\]"):
+        w.remove([0])
     with pytest.raises(ValueError, match="v must have 8 columns, got shape"):
         w.solve(torch.zeros(3, 7))
     with pytest.raises(ValueError, match="damping must be positive, got 0"):
         Woodbury(randn(5, 8), 0)
     with pytest.raises(ValueError, match="rows must be"):
         Woodbury(torch.zeros(0, 8), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "damping"),
+    [(torch.ones(3, 4), 1e-30), (torch.full((3, 4), torch.nan), 1.0), (torch.tensor([[torch.inf]]), 1.0)],
+)
+def test_rows_without_a_factor(rows: torch.Tensor, damping: float) -> None:
+    with pytest.raises(ValueError, match="rows must be finite and damping large enough to factor"):
+        Woodbury(rows, damping)
+
+
+def test_rows_are_copied_by_columns_after_remove(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(woodbury, "_COLUMNS", 16)
+    rows, v = randn(6, 100), randn(2, 100, seed=1)
+    w = Woodbury(rows, 0.1)
+    w.remove([1])
+    widest = 0
+
+    class Widths(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal widest
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.index.Tensor:
+                widest = max(widest, out.shape[1])
+            return out
+
+    with Widths():
+        x = w.solve(v).x
+    assert widest == 16
+    left = rows[[0, 2, 3, 4, 5]]
+    assert relative_error(x, torch.linalg.solve(fisher(left, 0.1, 6), v.double().T).T) < 1e-6
+    assert torch.equal(w.rows, left)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 60])
@@ -142,17 +186,47 @@ def test_datainf_is_the_same_at_every_thread_count() -> None:
     assert torch.equal(one, four)
 
 
+@pytest.mark.parametrize("queries", [1, 16, 17])
+@pytest.mark.parametrize(("noise", "bound"), [(0.0, 1e-6), (0.01, 1e-6), (0.1, 2e-4)])
+def test_datainf_of_nearly_parallel_rows(noise: float, bound: float, queries: int) -> None:
+    """The two terms of the formula cancel but for 1 in 10 d of them."""
+    g = randn(1, 20_000) + noise * randn(8, 20_000, seed=1)
+    v = g[:1] + 0.01 * randn(queries, 20_000, seed=2)
+    exact = datainf64([g], [v], datainf_damping([g], squared_norms([g])))
+    assert relative_error(datainf([g], [v]), exact) < bound
+    beside_others = datainf([g], [torch.cat([g[1:4], v[:1]])])[3]
+    assert relative_error(beside_others, exact[0]) < bound
+
+
+@pytest.mark.parametrize("queries", [2, 17])
+def test_datainf_of_layers_without_gradients(queries: int) -> None:
+    """As at the start of LoRA, where B is zero: they add nothing."""
+    g, v = randn(5, 8), randn(queries, 8, seed=1)
+    dead, other = torch.zeros(5, 3), randn(queries, 3, seed=2)
+    assert torch.equal(datainf([dead, g], [other, v]), datainf([g], [v]))
+    assert torch.equal(datainf([dead], [other]), torch.zeros(queries, 5, dtype=torch.float64))
+    damping = torch.tensor([0.0, 0.3])
+    assert torch.equal(
+        datainf([dead, g], [other, v], damping=damping), datainf([g], [v], damping=damping[1:])
+    )
+    with pytest.raises(ValueError, match=r"damping must be positive, got 0\.0 for layer 1"):
+        datainf([dead, g], [other, v], damping=torch.zeros(2))
+
+
 def test_datainf_errors() -> None:
     rows, queries = layers()
     for call, message in (
         (lambda: datainf(rows[1:], queries), "as many layers, got 3 and 4"),
-        (lambda: datainf(rows, queries, damping=torch.zeros(4)), "damping must be positive"),
+        (lambda: datainf(rows, queries, damping=torch.zeros(4)), r"positive, got 0\.0 for layer 0"),
+        (lambda: datainf(rows, queries, norms=torch.full((4, 25), torch.nan)), "finite, got nan in layer 0"),
+        (lambda: datainf(rows[:1], [queries[0].long()]), r"got torch\.float32 and torch\.int64"),
+        (lambda: datainf(rows[:2], [queries[0], queries[1][1:]]), "layer 1 must have 6 queries, got 5"),
         (
             lambda: datainf(rows, queries, norms=torch.ones(3, 25)),
             r"norms must have shape \(4, 25\), got \(3, 25\)",
         ),
         (lambda: datainf([rows[0], rows[1][1:]], queries[:2]), "layer 1 must have rows"),
-        (lambda: datainf([rows[0][:0]], queries[:1]), "rows must not be empty"),
+        (lambda: datainf([rows[0][:0]], queries[:1]), r"rows must not be empty, got \(0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -188,6 +262,19 @@ def test_cg_stops_each_side_at_its_residual() -> None:
     assert relative_error(limited.residual[:2], (true / v.norm(dim=1))[:2]) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda hvp: cg(hvp, torch.ones(2, 3)),
+        lambda hvp: lissa(hvp, torch.ones(2, 3), scale=2.0),
+        lambda hvp: arnoldi(hvp, torch.ones(3), steps=2, top=1),
+    ],
+)
+def test_products_of_another_shape_are_refused(solve: Callable) -> None:
+    with pytest.raises(ValueError, match=r"hvp must return \(\d, 3\) for that shape, got \(\d, 1\)"):
+        solve(lambda x: x[:, :1])
+
+
 def test_cg_on_an_indefinite_matrix_does_not_blow_up() -> None:
     H = torch.diag(torch.tensor([1.0, -1.0, 2.0]))
     x, residual, _ = cg(lambda x: x @ H, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]))
@@ -215,10 +302,15 @@ def test_arnoldi() -> None:
     assert relative_error(values, torch.linalg.eigvalsh(H).flip(0)) < 1e-8
     assert residual.max() < 1e-8
     assert relative_error(vectors @ vectors.T, torch.eye(30)) < 1e-8
-    assert (
-        relative_error(pairs.solve(v, damping=0.1), torch.linalg.solve(H + 0.1 * torch.eye(30), v.T).T) < 1e-6
-    )
+    dense = H + 0.1 * torch.eye(30)
+    x, left = pairs.solve(v, damping=0.1)
+    assert relative_error(x, torch.linalg.solve(dense, v.T).T) < 1e-6
+    assert left.max() < 1e-6
     few = arnoldi(lambda x: x @ H, v[0], steps=20, top=3)
+    x, left = few.solve(v, damping=0.1)
+    true = (x @ dense - v).norm(dim=1) / v.norm(dim=1)
+    assert ((true <= left) & (left < 1.01 * true)).all()
+    assert (few.solve(torch.zeros(1, 30, dtype=torch.float64)).residual == 0).all()
     assert relative_error(few.values, values[:3]) < 1e-4
     low = torch.diag(torch.tensor([3.0, -5.0, 0.0, 0.0]))
     pairs = arnoldi(lambda x: x @ low, torch.ones(4), steps=4, top=4)

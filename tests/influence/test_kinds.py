@@ -1,6 +1,7 @@
 """Every kind of projection against the matrix that it stands for."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -252,6 +253,31 @@ def test_tensor_sketch_from_factors(dtype: torch.dtype, bias: bool) -> None:
     strided = op(a.mT.contiguous().mT, g[:, :, :].transpose(0, 1).contiguous().transpose(0, 1), bias, 64, 9)
     assert relative_error(strided, op(a, g, bias, 64, 9)) < 1e-6
     assert torch.equal(op(a[:, :0], g[:, :0], bias, 64, 9), torch.zeros_like(strided))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_sided_stays_within_its_scratch(dtype: torch.dtype) -> None:
+    """Neither the gradients are copied as a whole, nor are signs int64 all at once."""
+    p = Projection(512 * 4096, 256, "two_sided", 3, shape=(512, 4096), sides=(16, 16))
+    g = randn(3, 4096).repeat_interleave(512, 0).view(3, -1).to(dtype)
+    assert max(allocated(lambda: p(g))) <= 8 << 20
+    whole = p(g)
+    for offset, size in ((5, 4000), (4096, 8192), (100, 3 * 4096)):
+        part = torch.zeros_like(g)
+        part[:, offset : offset + size] = g[:, offset : offset + size]
+        assert relative_error(p.project_part(g[:, offset : offset + size], offset), p(part).double()) < 1e-5
+    assert relative_error(whole, p(g.double())) < 1e-5
+    assert torch.equal(p.project_part(g[:, :0], 4100), torch.zeros(3, 256))
+
+
+def allocated(call: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
 
 def test_two_sided_is_the_product() -> None:

@@ -40,7 +40,10 @@ def test_errors() -> None:
         ValueError, match=r"g must have shape \(B, n, d\) with d a divisor of 60, got \(3, 2, 7\)"
     ):
         p.project_rows(torch.zeros(3, 2, 7), torch.tensor([1, 5]))
-    with pytest.raises(ValueError, match=r"rows must be in \[0, 10\)"):
+    for width in (100, 128):
+        with pytest.raises(ValueError, match=r"rows must be different numbers, got \[3, 3\]"):
+            Projection(10 * width, 4).project_rows(torch.ones(1, 2, width), torch.tensor([3, 3]))
+    with pytest.raises(ValueError, match=r"rows must be in \[0, 10\), got 1 to 10"):
         p.project_rows(g, torch.tensor([1, 10]))
     with pytest.raises(ValueError, match="rows must have 2 elements, got 1"):
         p.project_rows(g, torch.tensor([1]))

@@ -73,9 +73,10 @@ def _kernel(x: Tensor) -> tuple[Callable[..., Any], Tensor]:
 def encode(x: Tensor, name: str, block: int, first: int | None = None) -> tuple[Coded, Tensor]:
     """Rows (n, D) in a format, and their squared norms (n,) float64, on the CPU.
 
-    `int8` is a byte of `floor(x / s + 128 + u)`, s the greatest magnitude of the block over 127; `int4` a nibble of
-    `floor(x / s + 8 + u)`, s over 7, even columns in the low half of a byte. A block of zeros, or whose s is subnormal,
-    has scale 0. u is one half, or with `first` the random number of rows first, first + 1, ...: right on average.
+    `int8` is a byte of `trunc(x * (1 / s) + (128 + u))`, each step in float32, s the greatest magnitude of the block
+    over 127; `int4` a nibble of `trunc(x * (1 / s) + (8 + u))`, s over 7, even columns in the low half of a byte. A
+    block of zeros, or whose s is subnormal, has scale 0. u is one half, or with `first` the random number of rows
+    first, first + 1, ...: right on average.
 
     Raises:
         ValueError: if a row that is to be an integer is not finite.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from unlearn_kernels.reference import sketches
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 RIGHT_SIDE = 1 << 62  # changes the seed
+_AT_ONCE: Final = 1 << 20  # elements of a temporary of `TwoSides`
 
 
 class Kind(Protocol):
@@ -129,11 +130,9 @@ class TwoSides:
     @cached_property
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Left (k_o, p) and right (k_i, d), float32, scaled."""
-        pair = []
-        for k, size, seed in zip(self.sides, self.shape, (self.seed, self.seed ^ RIGHT_SIDE), strict=True):
-            entries = signs.rademacher_signs(torch.arange(k), torch.arange(size), seed)
-            pair.append(entries.float() / k**0.5)
-        return pair[0], pair[1]
+        seeds = self.seed, self.seed ^ RIGHT_SIDE
+        left, right = (_scaled_signs(*each) for each in zip(self.sides, self.shape, seeds, strict=True))
+        return left, right
 
     def _of(self, first: int, last: int, like: Tensor) -> tuple[Tensor, Tensor]:
         left, right = (x.to(like.device, accumulation_dtype(like)) for x in self.matrices)
@@ -144,9 +143,20 @@ class TwoSides:
         d, end = self.shape[1], offset + g.shape[1]
         first, last = offset // d, -(-end // d)
         left, right = self._of(first, last, g)
-        whole = torch.nn.functional.pad(g, (offset - first * d, last * d - end))
-        rows = whole.unflatten(1, (last - first, d)).to(right.dtype)
-        return (left @ (rows @ right.T)).flatten(1)
+        step = max(1, _AT_ONCE // max(len(g) * d, 1))
+        inner = [
+            self._rows(g, offset, row, min(row + step, last)).to(right.dtype) @ right.T
+            for row in range(first, last, step)
+        ] or [g.new_zeros(len(g), 0, self.sides[1], dtype=right.dtype)]
+        return (left @ torch.cat(inner, 1)).flatten(1)
+
+    def _rows(self, g: Tensor, offset: int, first: int, last: int) -> Tensor:
+        """Rows first ... last - 1 of the matrices, (B, last - first, d), zero where `g` does not reach."""
+        d, end = self.shape[1], offset + g.shape[1]
+        part = g[:, max(first * d - offset, 0) : last * d - offset]
+        missing = max(offset - first * d, 0), max(last * d - end, 0)
+        whole = torch.nn.functional.pad(part, missing) if any(missing) else part
+        return whole.unflatten(1, (last - first, d))
 
     def adjoint(self, y: Tensor, size: int, offset: int, backend: Backend | None) -> Tensor:
         """y (B, k) -> (B, size)."""
@@ -155,6 +165,14 @@ class TwoSides:
         left, right = self._of(first, last, y)
         rows = left.T @ y.unflatten(1, self.sides).to(right.dtype) @ right
         return rows.flatten(1)[:, offset - first * d : end - first * d]
+
+
+def _scaled_signs(k: int, size: int, seed: int) -> Tensor:
+    """Signs over `sqrt(k)`, (k, size), made some columns at a time: they are int64 on the way."""
+    rows, out = torch.arange(k), torch.empty(k, size)
+    for part in torch.arange(size).split(max(1, _AT_ONCE // k)):
+        out[:, part[0] : part[-1] + 1] = signs.rademacher_signs(rows, part, seed)
+    return out.div_(k**0.5)
 
 
 def aligned(g: Tensor, offset: int, align: int) -> Iterator[tuple[Tensor, int]]:

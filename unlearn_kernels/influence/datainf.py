@@ -1,5 +1,6 @@
 r"""DataInf: influence with the average of the inverses of `g_i g_i^T + \lambda I` for the inverse of their average."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,6 +15,7 @@ from unlearn_kernels.influence import (
 from unlearn_kernels.reference import curvature
 
 _QUERIES: Final = 16  # up to which the kernel that reads rows once beats three products
+_LOST: Final = 2e-4  # of a score, by rounding to float32
 
 
 def squared_norms(rows: Sequence[Tensor]) -> Tensor:
@@ -23,7 +25,17 @@ def squared_norms(rows: Sequence[Tensor]) -> Tensor:
 
 def datainf_damping(rows: Sequence[Tensor], norms: Tensor) -> Tensor:
     r"""Return `\lambda_l = 0.1 \, mean_i |g_{l,i}|^2 / d_l`, (L,) float64."""
-    return 0.1 * norms.double().mean(1) / torch.tensor([g.shape[1] for g in rows], device=norms.device)
+    widths = torch.tensor([max(g.shape[1], 1) for g in rows], device=norms.device)
+    return 0.1 * norms.double().mean(1) / widths
+
+
+def check_damping(damping: Tensor, norms: Tensor) -> None:
+    """Refuse what is not positive, but for layers of zeros alone: norms (L, n)."""
+    for layer, (lam, most) in enumerate(zip(damping.tolist(), norms.amax(1).tolist(), strict=True)):
+        if not math.isfinite(most):
+            raise ValueError(f"norms must be finite, got {most} in layer {layer}")
+        if not (lam > 0 or lam == most == 0):
+            raise ValueError(f"damping must be positive, got {lam} for layer {layer}")
 
 
 def datainf(
@@ -45,16 +57,19 @@ def datainf(
         rows: each layer's gradients, (n, d_l), floating-point.
         queries: each layer's query gradients, (Q, d_l).
         norms: squared norms of the rows, (L, n), from `squared_norms`; None: computed here.
-        damping: `\lambda`, (L,), positive; None: `datainf_damping`.
+        damping: `\lambda`, (L,), positive; None: `datainf_damping`. A layer whose gradients are all zero may have 0: it
+            adds nothing.
 
     Returns:
         (Q, n) float64. Every layer's rows are read from memory once where a layer fits in the last cache, for up to 16
-        queries on the CPU; above that three products of torch do better.
+        queries on the CPU, and sums are in float32. More queries, and those whose terms nearly cancel, as where rows
+        are nearly parallel, take three products of torch in float64.
 
     Raises:
-        ValueError: if shapes do not fit or a damping is not positive.
+        ValueError: if shapes do not fit, a damping is not positive, or a norm is not finite.
 
-    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`.
+    Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`; in float64 32 MB, or
+    `2 KB * (n + Q)`, of rows and queries.
 
     Source: Kwon et al. 2024, arXiv 2310.00902 (DataInf).
     """
@@ -66,13 +81,29 @@ def datainf(
     damping = datainf_damping(rows, norms) if damping is None else damping
     if damping.shape != (layers,):
         raise ValueError(f"damping must have shape ({layers},), got {tuple(damping.shape)}")
-    if not bool((damping > 0).all()):
-        raise ValueError("damping must be positive")
-    wide = (norms.double().contiguous(), damping.double().contiguous())
+    check_damping(damping, norms)
+    live = [layer for layer, lam in enumerate(damping.tolist()) if lam > 0]
+    if not live:
+        return norms.new_zeros(len(queries[0]), n, dtype=torch.float64)
+    rows, queries = [rows[layer] for layer in live], [queries[layer] for layer in live]
+    wide = (norms[live].double().contiguous(), damping[live].double().contiguous())
     on_cpu = rows[0].device.type == "cpu" and all(x.dtype != torch.float64 for x in (*rows, *queries))
     if on_cpu and queries[0].shape[0] <= _QUERIES and _ops.no_extension() is None:
-        return _ops.raw("datainf_scores")(*([_floats(x) for x in xs] for xs in (rows, queries)), *wide)
-    return curvature.datainf_scores(list(rows), list(queries), *wide)
+        scores = _ops.raw("datainf_scores")(*([_floats(x) for x in xs] for xs in (rows, queries)), *wide)
+        lost = _cancelled(queries, *wide, scores)
+        if len(lost):
+            scores[lost] = curvature.datainf_scores(rows, [v[lost] for v in queries], *wide)
+        return scores
+    return curvature.datainf_scores(rows, queries, *wide)
+
+
+def _cancelled(queries: list[Tensor], norms: Tensor, damping: Tensor, scores: Tensor) -> Tensor:
+    """Which queries' scores are so small beside the terms they are a difference of that float32 has lost them."""
+    terms = torch.zeros_like(scores)
+    for v, norm, lam in zip(queries, norms, damping, strict=True):
+        terms += torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)[:, None] * norm.sqrt() / lam
+    rounding = torch.finfo(torch.float32).eps / 2 * terms.norm(dim=1)
+    return (rounding > _LOST * scores.norm(dim=1)).nonzero().flatten()
 
 
 def _floats(x: Tensor) -> Tensor:
@@ -89,9 +120,11 @@ def _check(rows: Sequence[Tensor], queries: Sequence[Tensor]) -> None:
                 f"layer {layer} must have rows ({len(rows[0])}, d) and queries (Q, d), "
                 f"got {tuple(g.shape)} and {tuple(v.shape)}"
             )
-        if len(v) != len(queries[0]) or not (g.is_floating_point() and v.is_floating_point()):
+        if len(v) != len(queries[0]):
+            raise ValueError(f"layer {layer} must have {len(queries[0])} queries, got {len(v)}")
+        if not (g.is_floating_point() and v.is_floating_point()):
             raise ValueError(
-                f"layer {layer} must have {len(queries[0])} floating-point queries, got {len(v)}"
+                f"layer {layer} must have floating-point rows and queries, got {g.dtype} and {v.dtype}"
             )
     if len(rows[0]) == 0:
-        raise ValueError("rows must not be empty")
+        raise ValueError(f"rows must not be empty, got {tuple(rows[0].shape)}")

@@ -1,6 +1,7 @@
 r"""EK-FAC: the Fisher matrix of a linear layer, diagonal in the basis of its Kronecker factors' eigenvectors."""
 
-from typing import Literal
+import math
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -8,11 +9,13 @@ from torch import Tensor
 from unlearn_kernels._backends import Backend, select
 from unlearn_kernels._loader import have_C
 from unlearn_kernels.influence import _curvature_ops  # noqa: F401  registers the operators
+from unlearn_kernels.influence._residuals import relative
 from unlearn_kernels.influence._scan import products
 from unlearn_kernels.influence.woodbury import Solution
 from unlearn_kernels.reference.dtypes import accumulation_dtype
 
 Route = Literal["factors", "gradients"]
+_ROUTES: Final = get_args(Route)
 
 
 def covariance(x: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -115,8 +118,10 @@ def rotated_squares(
         (p, d), or (p, d + 1) with the bias, float32 (float64 for float64).
 
     Raises:
-        ValueError: if shapes or dtypes do not fit.
+        ValueError: if shapes or dtypes do not fit, or the route is unknown.
     """
+    if route is not None and route not in _ROUTES:
+        raise ValueError(f"route must be None or one of {', '.join(_ROUTES)}, got {route!r}")
     a, g = _folded(A, G, bias)
     left, right = (x.to(accumulation_dtype(a, g)) for x in basis)
     if left.shape != (g.shape[2],) * 2 or right.shape != (a.shape[2],) * 2:
@@ -179,10 +184,13 @@ class EKFAC:
         """Find the eigenvectors, by LAPACK in float64.
 
         Raises:
-            ValueError: if there is no covariance yet.
+            ValueError: if there is no covariance yet, or one is not finite.
         """
         if self._factors is None:
             raise ValueError("add_covariance must come before fit_basis")
+        for name, factor in zip(("G", "A"), self._factors, strict=True):
+            if not bool(factor.isfinite().all()):
+                raise ValueError(f"covariances must be finite, that of {name} is not")
         g, a = (torch.linalg.eigh(x.double()).eigenvectors.to(x.dtype) for x in self._factors)
         self.basis, self._lambda, self.samples = (g, a), None, 0
 
@@ -205,7 +213,7 @@ class EKFAC:
             backend: see `unlearn_kernels.use_backend`.
 
         Raises:
-            ValueError: if shapes do not fit or there is no basis yet.
+            ValueError: if shapes do not fit, the route is unknown, or there is no basis yet.
         """
         if self.basis is None:
             raise ValueError("fit_basis must come before add_lambda")
@@ -218,9 +226,9 @@ class EKFAC:
         r"""`\Lambda` averaged over samples, (p, d) or (p, d + 1) with the bias.
 
         Raises:
-            ValueError: if `add_lambda` was not called.
+            ValueError: if `add_lambda` was given no sample yet.
         """
-        if self._lambda is None:
+        if self._lambda is None or self.samples == 0:
             raise ValueError("add_lambda must come before lambda_ and solve")
         return self._lambda / self.samples
 
@@ -240,23 +248,30 @@ class EKFAC:
 
         Args:
             v: (Q, p, d), with a column more for the bias.
-            damping: `\lambda`; None: a tenth of the mean of `\Lambda`.
+            damping: `\lambda`; None: a tenth of the mean of `\Lambda`, and `x` is 0 where all of that is.
 
         Returns:
-            `x` like `v`, and the residuals of the system solved, (Q,).
+            `x` in the shape and accumulation type of `v` (float64 for float64, else float32), and the residuals of the
+            system solved, (Q,).
 
         Raises:
-            ValueError: if `v` has another shape, or the damping is not positive.
+            ValueError: if `v` has another shape, `lambda_` is not finite, or the damping is not positive.
         """
-        lam = self.lambda_.to(v.dtype)
-        assert self.basis is not None
+        lam = self.lambda_
         if v.dim() != 3 or v.shape[1:] != lam.shape:
             raise ValueError(f"v must be (Q, {lam.shape[0]}, {lam.shape[1]}), got {tuple(v.shape)}")
-        damping = 0.1 * float(lam.mean()) if damping is None else damping
-        if not damping > 0:
+        mean = float(lam.mean(dtype=torch.float64))
+        if not math.isfinite(mean):
+            raise ValueError(f"lambda_ must be finite, got a mean of {mean}")
+        if damping is not None and not damping > 0:
             raise ValueError(f"damping must be positive, got {damping}")
+        wide = v.to(accumulation_dtype(v))
+        if damping is None and mean == 0:
+            return Solution(torch.zeros_like(wide), relative(wide, wide))
+        return self._solve(wide, lam.to(wide.dtype) + (0.1 * mean if damping is None else damping))
+
+    def _solve(self, v: Tensor, damped: Tensor) -> Solution:
+        assert self.basis is not None
         left, right = (x.to(v.dtype) for x in self.basis)
-        x = left @ (self.rotate(v) / (lam + damping)) @ right.T
-        rest = left @ (self.rotate(x) * (lam + damping)) @ right.T - v
-        size, norm = (torch.linalg.vector_norm(t, dim=(1, 2), dtype=torch.float64) for t in (rest, v))
-        return Solution(x, torch.where(norm > 0, size / norm, size))
+        x = left @ (self.rotate(v) / damped) @ right.T
+        return Solution(x, relative(left @ (self.rotate(x) * damped) @ right.T - v, v))

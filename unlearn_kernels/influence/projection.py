@@ -146,8 +146,9 @@ class Projection:
                 requires grad: there is no backward.
 
         Scratch on the CPU: at most 0.5 MB a thread for dense kinds, whatever dim, k and the batch; `96 B * k / terms`
-        and 32 KB for `sjlt`; 32 KB and `8 B * k` for `srht`; two matrices of signs and `B p k_i` for `two_sided`. Sums
-        are kept in float for some thousand coordinates at a time and in double above that.
+        and 32 KB for `sjlt`; 32 KB and `8 B * k` for `srht`; two matrices of signs, `2 B p k_i` and 4 MB (or a row of
+        each matrix) for `two_sided`. Sums are kept in float for some thousand coordinates at a time and in double
+        above that.
         """
         if g.dim() == 0 or g.shape[-1] != self.dim:
             raise ValueError(f"g must have {self.dim} as its last dimension, got shape {tuple(g.shape)}")
@@ -265,6 +266,8 @@ class Projection:
         self._check_index("rows", rows, (self.dim - offset) // g.shape[2])
         if len(rows) != g.shape[1]:
             raise ValueError(f"rows must have {g.shape[1]} elements, got {len(rows)}")
+        if len(rows.unique()) != len(rows):
+            raise ValueError(f"rows must be different numbers, got {rows.tolist()}")
         if self.kind != "rademacher":
             return self._rows_by_parts(g.detach(), rows, offset, backend)
         flat, blocks = _blocked(g.detach(), rows.long(), offset)
@@ -280,8 +283,9 @@ class Projection:
     def _check_index(name: str, index: Tensor, size: int) -> None:
         if index.dim() != 1 or index.is_floating_point():
             raise ValueError(f"{name} must be a vector of indices, got {index.dtype} {tuple(index.shape)}")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise ValueError(f"{name} must be in [0, {size})")
+        least, most = (int(index.min()), int(index.max())) if index.numel() else (0, -1)
+        if least < 0 or most >= size:
+            raise ValueError(f"{name} must be in [0, {size}), got {least} to {most}")
 
     def signs(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Return entries of `P` of kind `rademacher` before the scale, for checks: int8, +1 or -1.

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unlearn_kernels.influence._residuals import norms, relative
+from unlearn_kernels.influence.woodbury import Solution
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -25,13 +28,11 @@ def _right_hand_sides(v: Tensor, damping: float) -> Tensor:
     return v.detach()
 
 
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-
-
-def _relative(residual: Tensor, v: Tensor) -> Tensor:
-    scale = _norms(v)
-    return torch.where(scale > 0, _norms(residual) / scale, _norms(residual))
+def _product(hvp: Product, x: Tensor) -> Tensor:
+    product = hvp(x)
+    if product.shape != x.shape:
+        raise ValueError(f"hvp must return {tuple(x.shape)} for that shape, got {tuple(product.shape)}")
+    return product
 
 
 def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_iter: int = 100) -> Iterated:
@@ -51,7 +52,7 @@ def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_
         Solutions, true residuals `|(H + \lambda) x - v| / |v|` (one more product), and iterations.
 
     Raises:
-        ValueError: if `v` or `damping` is none.
+        ValueError: if `v` or `damping` is none, or `hvp` returns another shape.
 
     Scratch: four times `v`.
 
@@ -59,7 +60,7 @@ def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_
     """
     v = _right_hand_sides(v, damping)
     x, r = torch.zeros_like(v), v.clone()
-    p, rr = r.clone(), _norms(r).square()
+    p, rr = r.clone(), norms(r).square()
     goal = tol**2 * rr
     iterations = torch.zeros(len(v), dtype=torch.int64, device=v.device)
     active = (rr > goal).nonzero().flatten()
@@ -67,7 +68,7 @@ def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_
         if len(active) == 0:
             break
         direction = p[active]
-        product = hvp(direction) + damping * direction
+        product = _product(hvp, direction) + damping * direction
         curvature = (direction.double() * product.double()).sum(1)
         bends = curvature > 0
         active, direction, product, curvature = (t[bends] for t in (active, direction, product, curvature))
@@ -77,10 +78,10 @@ def cg(hvp: Product, v: Tensor, *, damping: float = 0.0, tol: float = 1e-6, max_
         x[active] += alpha * direction
         r[active] -= alpha * product
         iterations[active] += 1
-        before, rr[active] = rr[active], _norms(r[active]).square()
+        before, rr[active] = rr[active], norms(r[active]).square()
         p[active] = r[active] + (rr[active] / before).to(v.dtype)[:, None] * direction
         active = active[rr[active] > goal[active]]
-    return Iterated(x, _relative(hvp(x) + damping * x - v, v), iterations)
+    return Iterated(x, relative(_product(hvp, x) + damping * x - v, v), iterations)
 
 
 def lissa(
@@ -109,7 +110,7 @@ def lissa(
         Solutions, residuals by one more product, and iterations.
 
     Raises:
-        ValueError: if `v`, `damping` or `scale` is none.
+        ValueError: if `v`, `damping` or `scale` is none, or `hvp` returns another shape.
         ArithmeticError: if it diverges: `scale` is too small.
 
     Scratch: twice `v`.
@@ -120,14 +121,14 @@ def lissa(
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     y = v.clone()
-    goal = tol * _norms(v)
+    goal = tol * norms(v)
     iterations = torch.zeros(len(v), dtype=torch.int64, device=v.device)
     active = torch.arange(len(v), device=v.device)
     for _ in range(max_iter):
         current = y[active]
-        step = v[active] - (hvp(current) + damping * current) / scale
-        size = _norms(step)
-        if not bool((size <= 10 * _norms(v[active])).all()):
+        step = v[active] - (_product(hvp, current) + damping * current) / scale
+        size = norms(step)
+        if not bool((size <= 10 * norms(v[active])).all()):
             raise ArithmeticError(
                 f"lissa diverges at scale {scale}: it must be above half the largest eigenvalue"
             )
@@ -137,7 +138,7 @@ def lissa(
         if len(active) == 0:
             break
     x = y / scale
-    return Iterated(x, _relative(hvp(x) + damping * x - v, v), iterations)
+    return Iterated(x, relative(_product(hvp, x) + damping * x - v, v), iterations)
 
 
 class Eigenpairs(NamedTuple):
@@ -147,8 +148,16 @@ class Eigenpairs(NamedTuple):
     vectors: Tensor
     residual: Tensor
 
-    def solve(self, v: Tensor, *, damping: float = 0.0) -> Tensor:
-        r"""Return the projection of v on the eigenvectors divided by `\theta + \lambda`, (Q, D).
+    def solve(self, v: Tensor, *, damping: float = 0.0) -> Solution:
+        r"""Return the projection of v on the eigenvectors divided by `\theta + \lambda`.
+
+        Args:
+            v: (Q, D).
+            damping: `\lambda`.
+
+        Returns:
+            `x` (Q, D) in the vectors' dtype, and bounds of the residuals `|(H + \lambda) x - v| / |v|`, (Q,) float64,
+            that need no product: what of v the vectors do not span, and what the pairs' own residuals make of x.
 
         Raises:
             ValueError: if `v` is not as wide as the vectors, or an eigenvalue and the damping cancel.
@@ -158,7 +167,11 @@ class Eigenpairs(NamedTuple):
         values = self.values + damping
         if bool((values == 0).any()):
             raise ValueError(f"damping must not cancel an eigenvalue, got {damping}")
-        return (v.to(self.vectors.dtype) @ self.vectors.T / values.to(self.vectors.dtype)) @ self.vectors
+        parts = v.to(self.vectors.dtype) @ self.vectors.T
+        weights = parts / values.to(parts.dtype)
+        left = norms(parts @ self.vectors - v) + weights.abs().double() @ self.residual
+        scale = norms(v)
+        return Solution(weights @ self.vectors, torch.where(scale > 0, left / scale, left))
 
 
 def arnoldi(hvp: Product, start: Tensor, *, steps: int, top: int) -> Eigenpairs:
@@ -177,7 +190,7 @@ def arnoldi(hvp: Product, start: Tensor, *, steps: int, top: int) -> Eigenpairs:
         At most `top` pairs, each with its residual (one product each).
 
     Raises:
-        ValueError: if `start` is zero or no vector, or `top` is not in 1 ... steps.
+        ValueError: if `start` is zero or no vector, `top` is not in 1 ... steps, or `hvp` returns another shape.
 
     Scratch: `steps + top` vectors.
 
@@ -192,15 +205,15 @@ def arnoldi(hvp: Product, start: Tensor, *, steps: int, top: int) -> Eigenpairs:
     values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
     order = values.abs().argsort(descending=True)[:top]
     ritz = torch.nn.functional.normalize(vectors.T[order].to(basis.dtype) @ basis, dim=1)
-    applied = torch.cat([hvp(u[None]) for u in ritz])
-    return Eigenpairs(values[order], ritz, _norms(applied - values[order, None].to(ritz.dtype) * ritz))
+    applied = torch.cat([_product(hvp, u[None]) for u in ritz])
+    return Eigenpairs(values[order], ritz, norms(applied - values[order, None].to(ritz.dtype) * ritz))
 
 
 def _krylov(hvp: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the space of H^j start, and the images of its vectors."""
     basis, images = [start / start.norm()], []
     for _ in range(steps):
-        images.append(hvp(basis[-1][None])[0])
+        images.append(_product(hvp, basis[-1][None])[0])
         u, known = images[-1], torch.stack(basis)
         size = u.norm()
         for _ in range(2):

@@ -1,11 +1,13 @@
 r"""Products with `(\lambda I + G^T G / n)^{-1}`, G the rows of a store, also when some are removed."""
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
+from unlearn_kernels.influence._residuals import relative
 
 _COLUMNS: Final = 1 << 16  # that are in float64 at once
 
@@ -28,7 +30,8 @@ class Woodbury:
         damping: `\lambda`, positive.
 
     Raises:
-        ValueError: if `rows` is no such matrix or has no row, or `damping` is not positive.
+        ValueError: if `rows` is no such matrix, has no row or is not finite, or `damping` is not positive or too small
+            for a factor in float64.
 
     Scratch: two n x n matrices in float64, and `rows` in float64 by 65,536 columns. `n^2 D + n^3 / 3` multiply-adds.
     Products are torch's: nothing here is above a BLAS's reach but the deletion.
@@ -47,9 +50,16 @@ class Woodbury:
         self._rows, self.damping = rows.detach(), float(damping)
         self.kept = torch.arange(len(rows), device=rows.device)
         self.total = len(rows) * self.damping
-        gram = self._outer(self._rows)
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for part in self._parts():
+            gram.addmm_(part, part.T)
         gram.diagonal().add_(self.total)
-        self._factor = torch.linalg.cholesky(gram, upper=True)
+        self._factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+        if int(info) != 0 or not bool(self._factor.isfinite().all()):
+            raise ValueError(
+                f"rows must be finite and damping large enough to factor their products, got damping {damping} "
+                f"and a diagonal from {float(gram.diagonal().min())} to {float(gram.diagonal().max())}"
+            )
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -59,24 +69,21 @@ class Woodbury:
         """The rows that are left."""
         return self._rows if len(self.kept) == len(self._rows) else self._rows[self.kept]
 
-    @staticmethod
-    def _outer(rows: Tensor) -> Tensor:
-        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-        for part in rows.split(_COLUMNS, dim=1):
-            wide = part.double()
-            gram.addmm_(wide, wide.T)
-        return gram
+    def _parts(self) -> Iterator[Tensor]:
+        """The rows that are left in float64, some columns at a time."""
+        for part in self._rows.split(_COLUMNS, 1):
+            yield (part if len(self.kept) == len(part) else part[self.kept]).double()
 
     def _products(self, v: Tensor) -> Tensor:
         """`G v^T`, (n, Q) float64."""
-        rows, out = self.rows, torch.zeros(len(self), len(v), dtype=torch.float64, device=v.device)
-        for part, of_v in zip(rows.split(_COLUMNS, 1), v.split(_COLUMNS, 1), strict=True):
-            out.addmm_(part.double(), of_v.double().T)
+        out = torch.zeros(len(self), len(v), dtype=torch.float64, device=v.device)
+        for part, of_v in zip(self._parts(), v.split(_COLUMNS, 1), strict=True):
+            out.addmm_(part, of_v.double().T)
         return out
 
     def _combined(self, c: Tensor) -> Tensor:
         """`c^T G`, (Q, D) float64."""
-        return torch.cat([c.T @ part.double() for part in self.rows.split(_COLUMNS, 1)], dim=1)
+        return torch.cat([c.T @ part for part in self._parts()], dim=1)
 
     def solve(self, v: Tensor) -> Solution:
         r"""Return `F^{-1} v` with `F = \lambda I + G^T G / n`, n the number of rows at the beginning.
@@ -102,9 +109,7 @@ class Woodbury:
         x = self._once(wide)
         x += self._once(wide - self._applied(x))
         out = x.to(torch.float64 if v.dtype == torch.float64 else torch.float32)
-        left = (self._applied(out.double()) - wide).norm(dim=1)
-        scale = wide.norm(dim=1)
-        residual = torch.where(scale > 0, left / scale, left)
+        residual = relative(self._applied(out.double()) - wide, wide)
         return Solution(out[0], residual[0]) if v.dim() == 1 else Solution(out, residual)
 
     def _once(self, v: Tensor) -> Tensor:
@@ -122,16 +127,18 @@ class Woodbury:
         accuracy is lost, however near to dependent the rows are. `O(n^2)` a row; nothing of D is read.
 
         Args:
-            index: which rows, by their number at the beginning; not one that is gone.
+            index: which rows, by their number at the beginning, integers; not one that is gone.
 
         Raises:
-            ValueError: if an index is out of range, given twice or gone.
+            ValueError: if an index is no integer, out of range, given twice or gone.
         """
-        gone = torch.as_tensor(index, device=self.kept.device).long().flatten()
-        at = torch.searchsorted(self.kept, gone)
-        found = (at < len(self.kept)) & (self.kept[at.clamp(max=max(len(self.kept) - 1, 0))] == gone)
-        if len(gone.unique()) != len(gone) or not bool(found.all()):
+        given = torch.as_tensor(index, device=self.kept.device).flatten()
+        if len(given) and (given.dtype == torch.bool or given.is_floating_point() or given.is_complex()):
+            raise ValueError(f"index must be integers, got {given.dtype}")
+        gone = given.long()
+        if len(gone.unique()) != len(gone) or not bool(torch.isin(gone, self.kept).all()):
             raise ValueError(f"index must name different rows that are left, got {gone.tolist()}")
+        at = torch.searchsorted(self.kept, gone)
         for position in at.sort(descending=True).values.tolist():
             self._delete(position)
         keep = torch.ones(len(self.kept), dtype=torch.bool, device=self.kept.device)

@@ -1,9 +1,14 @@
 """Products of curvature in plain formulas."""
 
+from collections.abc import Iterator
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from unlearn_kernels.reference.dtypes import accumulation_dtype
+
+_AT_ONCE: Final = 1 << 22  # elements in float64
 
 
 def squared_gradients(a: Tensor, g: Tensor) -> Tensor:
@@ -33,15 +38,26 @@ def covariance(x: Tensor) -> Tensor:
 def datainf_scores(rows: list[Tensor], queries: list[Tensor], norms: Tensor, damping: Tensor) -> Tensor:
     """Return the sum over layers of `(V G^T - C G G^T / n) / damping`, (Q, n) float64.
 
-    `C = V G^T / (damping + norms)`, norms (L, n) the squared norms of the rows, damping (L,).
+    `C = V G^T / (damping + norms)`, norms (L, n) the squared norms of the rows, damping (L,). Near-parallel rows leave
+    `damping / norms` of the first term: all of it is in float64.
     """
     total = norms.new_zeros(queries[0].shape[0], rows[0].shape[0], dtype=torch.float64)
     for g, v, norm, lam in zip(rows, queries, norms.double(), damping.double(), strict=True):
-        wide = g.to(accumulation_dtype(g))
-        products = v.to(wide.dtype) @ wide.T
-        weights = products.double() / (lam + norm) / max(len(g), 1)
-        total += (products - weights.to(wide.dtype) @ wide @ wide.T).double() / lam
+        products, correction = torch.zeros_like(total), torch.zeros_like(total)
+        for part, of_v in _columns(g, v):
+            products.addmm_(of_v, part.T)
+        weights = products / (lam + norm) / max(len(g), 1)
+        for part, _ in _columns(g, v):
+            correction.addmm_(weights @ part, part.T)
+        total += (products - correction) / lam
     return total
+
+
+def _columns(g: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in float64, some columns at a time."""
+    columns = max(256, _AT_ONCE // max(len(g) + len(v), 1))
+    for part, of_v in zip(g.split(columns, 1), v.split(columns, 1), strict=True):
+        yield part.double(), of_v.double()
 
 
 def cholesky_update(factor: Tensor, x: Tensor, downdate: bool) -> tuple[Tensor, Tensor]:
