@@ -4,10 +4,12 @@ import copy
 import pickle
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from unlearn_kernels.testing import randn
 from unlearn_kernels.token_loss import LazyLogits, lazy_logits
@@ -54,6 +56,11 @@ FOLDED = {
     "one_word": lambda z: z[..., 3],
     "some_words": lambda z: z[..., torch.tensor([4, 1])],
     "some_words_likelihoods": lambda z: z.log_softmax(-1)[..., [4, 1]],
+    "one_word_from_the_end": lambda z: z[:, 1:, -2] + z.log_softmax(-1)[:, :-1, torch.tensor(-1)],
+    "words_from_the_end": lambda z: z[..., [-1, 2]] + z[[0]][..., np.array([-V, 0])],
+    "words_of_rows_from_the_end": lambda z: z.softmax(-1)[[0, 1], [1, 2], [-1, -V]],
+    "numpy_mask": lambda z: z[(LABELS != -100).numpy()],
+    "numpy_number": lambda z: z[np.int64(1), :, np.int64(3)],
     "flat": lambda z: z.view(-1, V),
     "flat_inferred": lambda z: z.reshape(B * T, -1),
     "flatten": lambda z: z.flatten(0, 1),
@@ -124,6 +131,9 @@ MADE = {
     "smoothed": lambda z: F.cross_entropy(z[0], LABELS[0], label_smoothing=0.1),
     "elementwise_kl": lambda z: F.kl_div(z.log_softmax(-1), other(z).softmax(-1), reduction="none"),
     "capped_from_below": lambda z: -3.0 * torch.tanh(z / 3.0),
+    "words_in_two_dimensions": lambda z: z[..., torch.tensor([[1, 2], [3, 4]])],
+    "words_by_mask": lambda z: z[..., [True] * (V - 1) + [False]],
+    "true": lambda z: z[..., True] + z[:, None, True, :, 0, None, None],
     "topk": lambda z: z.topk(2, dim=-1).values,
     "words_in_front": lambda z: z.transpose(1, 2)[:, 1:],
     "cat": lambda z: torch.cat([z, z]),
@@ -166,6 +176,21 @@ def test_folds(name):
         )
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z: z.log_softmax(-1, torch.float32),
+        lambda z: torch.softmax(z, -1, torch.float32),
+        lambda z: F.softmax(z, -1, 3, torch.float32),
+        lambda z: F.log_softmax(z, dim=-1, dtype=torch.float32),
+    ],
+)
+def test_softmaxes_in_another_dtype(use):
+    ours, expected = use(made()), use(head()(hidden()))
+    assert ours.dtype == ours.dense().dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(ours.dense(), expected)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_whatever_else_makes_the_tensor(name):
     ours, expected = outcome(MADE[name], lazy=True), outcome(MADE[name], lazy=False)
@@ -178,10 +203,10 @@ def test_whatever_else_makes_the_tensor(name):
             outcome(MADE[name], lazy=True, strict=True)
 
 
-def made(strict: bool = False, bias: bool = True) -> LazyLogits:
+def made(strict: bool = False, bias: bool = True, h: Tensor | None = None) -> LazyLogits:
     linear = head(bias)
     lazy_logits(nn.Sequential(), head=linear, strict=strict)
-    return linear(hidden())
+    return linear(hidden() if h is None else h)
 
 
 def test_metadata_needs_nothing():
@@ -239,6 +264,104 @@ def test_writing_to_what_others_share_is_refused():
         torch.add(torch.zeros(B, T, V), 1, out=made())
 
 
+WRITERS = {
+    "some_words": lambda z: z[..., 3:].fill_(-1e9),
+    "flat": lambda z: z.view(-1)[:5].zero_(),
+    "tensor_of_words": lambda z: z[..., torch.tensor([1, 2])].fill_(9.0),  # a copy in eager PyTorch too
+    "mask": lambda z: z[LABELS == 1].fill_(9.0),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", WRITERS)
+def test_writing_to_plain_views(name, mode):
+    with mode():
+        expected, z = head()(hidden()).clone(), made()
+        for x in (expected, z):
+            WRITERS[name](x)
+        torch.testing.assert_close(z.logsumexp(-1), expected.logsumexp(-1))
+        torch.testing.assert_close(F.cross_entropy(z.mT, LABELS), F.cross_entropy(expected.mT, LABELS))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda z: z[..., 5].fill_(100.0),
+        lambda z: z.log_softmax(-1)[..., 5].fill_(1.0) + z[0, 1, 2].fill_(1.0),
+        lambda z: z[:, -1].fill_(3.0),
+        lambda z: z[:, -1, :].__setitem__((slice(None), 3), 5.0),
+        lambda z: z[:, 1:].detach()[..., 3:].fill_(1.0),
+    ],
+)
+def test_writing_to_what_handles_cannot_see_raises(write, mode):
+    with mode():
+        z = made(strict=False)
+        write(z)
+        for use in (Tensor.sum, lambda x: x[:, 1:].logsumexp(-1), LazyLogits.dense):
+            with pytest.raises(RuntimeError, match="do not see what was written to a view"):
+                use(z)
+
+
+def test_reading_positions_keeps_nothing_of_them():
+    with torch.no_grad():
+        z = made()
+        for _ in range(100):
+            z[:, -1].sum()
+        assert len(z.lent.written()) == 0
+        assert len(z.lent._seen) < 40
+        kept = z[:, 0]
+        for _ in range(100):
+            z[:, -1].sum()
+        kept.zero_()
+        with pytest.raises(RuntimeError, match="written to a view"):
+            z.logsumexp(-1)
+    with pytest.raises(RuntimeError, match="others share cannot be written"):
+        z.mul_(2)
+
+
+def test_writes_without_gradients_keep_the_history():
+    h = hidden()
+    both = head()(h), made(h=h)
+    for x in both:
+        with torch.no_grad():
+            x[..., 3] = -1e9
+    expected, found = (torch.autograd.grad(F.cross_entropy(x.mT, LABELS), h) for x in both)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda h, linear, labels: h.detach().mul_(3), "the hidden states"),
+        (lambda h, linear, labels: torch.optim.SGD([linear.weight], 0.1).step(), "the head's weight"),
+        (lambda h, linear, labels: linear.bias.add_(1), "the head's bias"),
+        (lambda h, linear, labels: labels.fill_(1), "the labels"),
+    ],
+)
+def test_what_changed_since_is_named(change, what):
+    h, linear, labels = hidden(), head(), LABELS.clone()
+    linear.weight.grad = torch.ones_like(linear.weight)
+    lazy_logits(nn.Sequential(), head=linear)
+    z, kept = linear(h), linear(h)
+    exact = kept.dense().logsumexp(-1).detach()
+    loss, total = F.cross_entropy(z.mT, labels), z[:, 1:]
+    lowered = z.detach().scatter(-1, (words := FULL.clone()).unsqueeze(-1), -torch.inf)
+    with torch.no_grad():
+        change(h, linear, labels)
+        words.fill_(2)
+    uses = (
+        [loss.item, loss.backward] if what == "the labels" else [loss.item, z.sum, total.dense, lambda: z[0]]
+    )
+    for use in uses:
+        with pytest.raises(RuntimeError, match=f"{what} changed in place since"):
+            use()
+    if what == "the labels":
+        with pytest.raises(RuntimeError, match="the words lowered changed in place"):
+            lowered.softmax(-1)
+    torch.testing.assert_close(kept.logsumexp(-1), exact)  # it had been made
+
+
 def test_copies_and_files(tmp_path):
     with torch.no_grad():
         z = made()
@@ -254,8 +377,8 @@ def test_the_tensor_is_made_once_and_with_its_history():
     z = made()
     with torch.no_grad():
         first = z.dense()
-    assert z.dense().requires_grad
-    assert z.dense() is z.dense() is not first
+    assert first.requires_grad
+    assert z.dense() is first
 
 
 def test_what_comes_from_below_python():
@@ -270,6 +393,26 @@ def test_what_comes_from_below_python():
 def test_labels_out_of_range_raise():
     with pytest.raises(ValueError, match="labels"):
         F.cross_entropy(made()[0], torch.full((T,), V), reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("use", "got"),
+    [
+        (lambda z: z[..., V], V),
+        (lambda z: z[..., -V - 1], -V - 1),
+        (lambda z: z[[0], [1], [2 * V]], 2 * V),
+        (lambda z: z.softmax(-1)[..., [0, V]], V),
+        (lambda z: z.gather(-1, torch.full((B, T, 1), -100)), -100),
+        (lambda z: z.log_softmax(-1).gather(-1, torch.full((B, T, 1), V)), V),
+        (lambda z: z.detach().scatter(-1, torch.full((B, T, 1), -1), -torch.inf), -1),
+        (lambda z: torch.zeros_like(z).scatter_(-1, torch.full((B, T, 1), V), 1.0), V),
+    ],
+)
+def test_words_outside_the_vocabulary_raise(use, got):
+    with pytest.raises((IndexError, RuntimeError)):
+        use(head()(hidden()))
+    with pytest.raises(IndexError, match=rf"words of lazy logits must be in \[.*, {V}\), got {got}"):
+        use(made())
 
 
 def test_no_rows():
@@ -338,6 +481,67 @@ def test_deepspeeds_functions_and_hooks_reach_every_part(monkeypatch):
     halves = tuple(x / 2 for x in expected)
     torch.testing.assert_close(_gradients(loss, hooked), halves)
     torch.testing.assert_close(_gradients(loss, _Pre.apply, hooked), halves)
+
+
+FORWARDS = [lambda x: x, Tensor.clone, lambda x: x.view_as(x), lambda x: 1 * x]
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_autograd_functions_are_named(forward):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    z = Doubled.apply(made())
+    for use in (Tensor.sum, lambda z: F.cross_entropy(z[0], FULL[0]), LazyLogits.dense):
+        with pytest.raises(RuntimeError, match=r"Doubled.apply: lazy logits cannot go through"):
+            use(z)
+    h = hidden()
+    loss = Doubled.apply(F.cross_entropy(made(h=h).mT, LABELS))
+    (found,) = torch.autograd.grad(loss, h)
+    (expected,) = torch.autograd.grad(2 * F.cross_entropy(head()(h).mT, LABELS), h)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_head_are_named(register):
+    linear = head()
+    getattr(linear, register)(lambda *a: None)
+    lazy_logits(nn.Sequential(), head=linear)
+    with pytest.raises(RuntimeError, match=r"BackwardHookFunction.apply: lazy logits cannot go through"):
+        F.cross_entropy(linear(hidden()).mT, LABELS)
+
+
+def test_a_head_under_checkpointing():
+    linear, h = head(), hidden()
+    lazy_logits(nn.Sequential(), head=linear)
+    with pytest.raises(RuntimeError, match=r"CheckpointFunction.apply: lazy logits cannot go through"):
+        F.cross_entropy(checkpoint(linear, h, use_reentrant=True).mT, LABELS)
+    F.cross_entropy(checkpoint(linear, h, use_reentrant=False).mT, LABELS).backward()
+    (expected,) = torch.autograd.grad(F.cross_entropy(head()(h).mT, LABELS), h)
+    torch.testing.assert_close(h.grad, expected)
+
+
+def test_gradients_of_handles_are_refused():
+    z = made()
+    for use in (
+        lambda: torch.autograd.grad(F.cross_entropy(z.mT, LABELS), z, allow_unused=True),
+        lambda: torch.autograd.grad(z.sum(), [z]),
+        lambda: z.requires_grad_(),
+    ):
+        with pytest.raises(RuntimeError, match=r"lazy logits never have a gradient; use that of .dense"):
+            use()
+    whole = z.dense()
+    (found,) = torch.autograd.grad(F.cross_entropy(whole.mT, LABELS), whole)
+    assert found.shape == z.shape
+    h = hidden()
+    (found,) = torch.autograd.grad(made(h=h), h, torch.ones(B, T, V, dtype=torch.float64))
+    torch.testing.assert_close(found, head().weight.sum(0).expand(B, T, D))
 
 
 def test_a_detached_handle_stays_detached():

@@ -277,7 +277,56 @@ def test_attaching_and_detaching():
     held.restore()
     assert type(model.lm_head) is plain
     assert type(model(**inputs).logits) is Tensor
-    assert "lazy_strict" not in vars(model.lm_head)
+    assert "lazy_uses" not in vars(model.lm_head)
+
+
+def test_contexts_end_in_any_order_and_for_copies():
+    model, inputs = make(), batch(0)
+    plain, first = type(model.lm_head), lazy_logits(model)
+    with lazy_logits(model, strict=True) as second:
+        first.restore()
+        twin = copy.deepcopy(model)
+        assert isinstance(twin(**inputs).logits, LazyLogits)
+        with pytest.raises(RuntimeError, match="strict"):
+            model(**inputs).logits.sum()
+    assert type(model.lm_head) is plain
+    assert type(twin(**inputs).logits) is Tensor
+    second.restore()
+    with lazy_logits(twin):
+        assert isinstance(twin(**inputs).logits, LazyLogits)
+    assert type(twin.lm_head) is plain
+
+
+def test_without_gradients_only_a_models_own_loss_waits(monkeypatch):
+    from unlearn_kernels.token_loss.lazy import deferred
+
+    model, inputs, calls = make(), batch(0), []
+    monkeypatch.setattr(deferred, "nll", lambda *a: calls.append(a) or torch.zeros(()))
+    with lazy_logits(model, strict=True), torch.no_grad():
+        outputs = model(**inputs)
+        before = torch.nn.functional.cross_entropy(outputs.logits.mT, inputs["labels"])
+        model.lm_head.weight.mul_(2)
+        assert type(before) is Tensor
+        assert before.isfinite()
+        assert not calls
+        with pytest.raises(RuntimeError, match="the head's weight changed in place"):
+            outputs.loss.item()
+
+
+def test_transforms_have_plain_logits():
+    model, inputs = make(), batch(0)
+
+    def loss(weight):
+        outputs = torch.func.functional_call(model, {"lm_head.weight": weight}, kwargs=inputs)
+        return outputs.logits.logsumexp(-1).sum() + outputs.loss
+
+    weight = model.lm_head.weight.detach()
+    expected = torch.func.grad(loss)(weight)
+    with lazy_logits(model, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+        outputs = model(**inputs)
+    with pytest.raises(RuntimeError, match=r"cannot enter a transform of torch.func"):
+        torch.func.grad(lambda x: x * outputs.logits.logsumexp(-1).sum())(torch.ones(()))
 
 
 def test_what_cannot_be_lazy_is_refused():

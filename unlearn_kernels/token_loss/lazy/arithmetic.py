@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels.token_loss.lazy.handle import LazyLogits, folds, is_lazy, lazy
+from unlearn_kernels.token_loss.lazy.pick import in_vocabulary
 from unlearn_kernels.token_loss.lazy.rows import Kind
 
 
@@ -54,17 +55,18 @@ def _tanh(x: Any) -> Any:
 
 
 @folds("softmax")
-def _softmax(x: Any, dim: Any = None, *_: Any, dtype: Any = None, **__: Any) -> Any:
-    return _normalised(x, dim, "probs", dtype)
+def _softmax(x: Any, dim: Any = None, *rest: Any, dtype: Any = None, **_: Any) -> Any:
+    return _normalised(x, dim, "probs", dtype, *rest)
 
 
 @folds("log_softmax")
-def _log_softmax(x: Any, dim: Any = None, *_: Any, dtype: Any = None, **__: Any) -> Any:
-    return _normalised(x, dim, "log_probs", dtype)
+def _log_softmax(x: Any, dim: Any = None, *rest: Any, dtype: Any = None, **_: Any) -> Any:
+    return _normalised(x, dim, "log_probs", dtype, *rest)
 
 
-def _normalised(x: Any, dim: Any, kind: Kind, dtype: torch.dtype | None) -> Any:
-    rows = x.rows
+def _normalised(x: Any, dim: Any, kind: Kind, *rest: Any) -> Any:
+    """`rest` is a dtype by name, and by position, after `_stacklevel` or not."""
+    rows, dtype = x.rows, next((i for i in rest if isinstance(i, torch.dtype)), None)
     if rows.kind != "logits" or dim is None or dim % rows.h.dim() != rows.at:
         return NotImplemented
     return lazy(rows.but(kind=kind, dtype=dtype or rows.dtype))
@@ -102,14 +104,14 @@ def _setitem(x: Any, index: Any, value: Any) -> Any:
         return NotImplemented
     *places, words = index
     if words.shape == (*lead, 1) and all(_counts(i, n, lead) for n, i in enumerate(places)):
-        x.rows = rows.but(marked=words.squeeze(-1) % rows.words, by=float(value))
+        x.rows = rows.but(marked=in_vocabulary(rows, words.squeeze(-1), -rows.words), by=float(value))
         return None
     return NotImplemented
 
 
 def _blank(x: LazyLogits) -> bool:
     rows = x.rows
-    return x.fresh and rows.last and rows.kind == "one_hot" and rows.marked is None
+    return x.fresh and x.made is None and rows.last and rows.kind == "one_hot" and rows.marked is None
 
 
 def _counts(index: Tensor, dim: int, lead: torch.Size) -> bool:
@@ -127,10 +129,10 @@ def _scatter(x: Any, dim: int, index: Tensor, value: Any = None, **options: Any)
 
 @folds("scatter_")
 def _scatter_(x: Any, dim: int, index: Tensor, value: Any = None, **options: Any) -> Any:
-    known = is_lazy(x) and x.fresh and not options
+    known = is_lazy(x) and x.fresh and x.made is None and not options
     rows = NotImplemented if not known else _set_words(x, dim, index, value)
     if rows is not NotImplemented:
-        x.rows, x.made, rows = rows, None, x
+        x.rows, rows = rows, x
     return rows
 
 
@@ -142,13 +144,10 @@ def _set_words(x: Any, dim: int, index: Any, value: Any) -> Any:
     fits = rows.last and rows.marked is None and dim % rows.h.dim() == rows.at
     if not fits or index.shape != (*rows.h.shape[:-1], 1):
         return NotImplemented
-    if rows.kind == "one_hot":
-        return rows.but(marked=index.squeeze(-1), by=float(value))
-    return (
-        rows.but(marked=index.squeeze(-1), by=math.inf)
-        if rows.kind == "logits" and value == -math.inf
-        else NotImplemented
-    )
+    if rows.kind != "one_hot" and (rows.kind != "logits" or value != -math.inf):
+        return NotImplemented
+    words = in_vocabulary(rows, index.squeeze(-1))
+    return rows.but(marked=words, by=float(value) if rows.kind == "one_hot" else math.inf)
 
 
 @folds("sub", "subtract", "__sub__")

@@ -13,15 +13,26 @@ from unlearn_kernels.token_loss.lazy.handle import lazy
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
 
+class _Use:
+    """A time during which a head is lazy, for its copies too."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict, self.over = strict, False
+
+    def __deepcopy__(self, memo: Any) -> "_Use":
+        return self
+
+
 class LazyHead:
     """Comes before a Linear's class in the class of a head, whose forward it replaces."""
 
-    lazy_strict: bool
+    lazy_uses: list[_Use]
 
     def forward(self, h: Tensor) -> Tensor:
-        """Lazy logits; plain ones of a single position a sequence, while a graph is traced, and on other devices."""
+        """Lazy logits; plain ones where nobody asks for lazy ones any more, and wherever `_plain` says."""
         head: Any = self
-        if torch.compiler.is_compiling() or _one_row(h) or h.device.type not in ("cpu", "cuda"):
+        use = next((x for x in reversed(head.lazy_uses) if not x.over), None)
+        if use is None or _plain(h):
             return super().forward(h)  # type: ignore[misc]
         _check_whole(head.weight)
         W, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
@@ -31,7 +42,7 @@ class LazyHead:
             h, W, bias = h.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
         if h.dtype != W.dtype:
             raise ValueError(f"hidden states must have the head's dtype, {W.dtype}, got {h.dtype}")
-        return lazy(Rows(h, W, bias, h.dim() - 1, h.dtype, strict=head.lazy_strict))
+        return lazy(Rows(h, W, bias, h.dim() - 1, h.dtype, strict=use.strict))
 
 
 class LazyLinear(LazyHead, nn.Linear):
@@ -41,8 +52,11 @@ class LazyLinear(LazyHead, nn.Linear):
 _CLASSES: Final[dict[type, type]] = {nn.Linear: LazyLinear}
 
 
-def _one_row(h: Tensor) -> bool:
-    return h.dim() < 2 or (h.dim() > 2 and h.shape[-2] == 1)
+def _plain(h: Tensor) -> bool:
+    """A single position a sequence, a graph that is traced, a transform of torch.func, another device."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    one_row = h.dim() < 2 or (h.dim() > 2 and h.shape[-2] == 1)
+    return traced or one_row or h.device.type not in ("cpu", "cuda")
 
 
 def _check_whole(W: Tensor) -> None:
@@ -59,23 +73,31 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
         lazy_logits(model)              # from now on
         with lazy_logits(model): ...    # or for a while
 
-    In the first form `restore()` of what is returned undoes it. The handle, a `LazyLogits`, has the shape, dtype and
-    device of the logits and is a tensor to `isinstance`. Slices and indices that keep the vocabulary whole, `view`,
-    `reshape`, `flatten`, `transpose`, `permute`, casts, `detach`, `clone`, scaling, a soft-cap and (log-)softmax
-    give handles again. `F.cross_entropy`, `F.nll_loss`, `F.kl_div`, soft targets, `gather`, indices of words,
-    `logsumexp`, `argmax`, `max` and `mean` give numbers a row, by `linear_nll`, `linear_kl`, `linear_soft_ce`,
-    `linear_stats` and `linear_maxmean`; values come in their type, float32 for half types. The loss that a model
-    computes from labels does the same. Everything else makes the tensor, once a handle, as eager PyTorch would.
+    In the first form `restore()` of what is returned undoes it; copies of the model are lazy for as long. The handle, a
+    `LazyLogits`, has the shape, dtype and device of the logits and is a tensor to `isinstance`. Slices and indices that
+    keep the vocabulary whole, `view`, `reshape`, `flatten`, `transpose`, `permute`, casts, `detach`, `clone`, scaling,
+    a soft-cap and (log-)softmax give handles again. `F.cross_entropy`, `F.nll_loss`, `F.kl_div`, soft targets,
+    `gather`, indices of words, `logsumexp`, `argmax`, `max` and `mean` give numbers a row, by `linear_nll`,
+    `linear_kl`, `linear_soft_ce`, `linear_stats` and `linear_maxmean`; values come in their type, float32 for half
+    types. The loss that a model computes from labels does the same. Everything else makes the tensor, once a handle, as
+    eager PyTorch would.
 
-    Writing to a handle works as long as nothing else would share its memory; otherwise it raises, because what a
-    view was written to could not be seen by what it is a view of. `register_hook` and autograd functions raise, but for
-    those of FSDP2 and DeepSpeed.
+    A handle is made of hidden states and weights when it is used: after one of them, or the labels of a loss that
+    waits, was written to in place (an optimiser's step), it raises RuntimeError and names it, unless its tensor was
+    made before. Writing to a handle, or to a plain view of what it made, works as long as no other handle and no
+    single position or word that was read shares the memory; otherwise it or the next use raises. What bypasses
+    PyTorch's version counters is not seen: writes through `.data` or NumPy, and to hidden states under inference mode.
 
-    Logits are plain where they are small or no loss follows: one position a sequence, as in `generate()`, and
-    while `torch.compile` traces the head (compile the body alone, `model.model.compile()`, and losses still fold).
-    Under autocast the head runs in the lower type, as it does otherwise. Under DDP and FSDP2 hooks see the hidden
-    states; under ZeRO-3 the handle holds a whole copy of the head until `backward()` (`autograd.grad` would leave the
-    parameter gathered); a head that is sharded on its own or by tensor parallelism is refused.
+    `register_hook`, `requires_grad_` and `torch.autograd.grad` for a handle raise, and so do autograd functions and
+    with them backward hooks of modules, but for those of FSDP2 and DeepSpeed: a handle never has a gradient of its own,
+    `.dense()` has.
+
+    Logits are plain where they are small or no loss follows: one position a sequence, as in `generate()`, while
+    `torch.compile` traces the head (compile the body alone, `model.model.compile()`, and losses still fold), and in
+    transforms of `torch.func`, which a handle from outside cannot enter. Under autocast the head runs in the lower
+    type, as it does otherwise. Under DDP and FSDP2 hooks see the hidden states; under ZeRO-3 the handle holds a whole
+    copy of the head until `backward()` (`autograd.grad` would leave the parameter gathered); a head that is sharded on
+    its own or by tensor parallelism is refused.
 
     Args:
         model: with `get_output_embeddings()`, such as those of transformers, or wrapped (`module`). A soft-cap and a
@@ -89,19 +111,19 @@ class lazy_logits:  # noqa: N801 - a function to its users, like torch.no_grad
 
     def __init__(self, model: nn.Module, *, head: nn.Module | None = None, strict: bool = False) -> None:
         self.head = cast("Any", _head(model) if head is None else head)
-        self.before: tuple[type, bool] | None = type(self.head), getattr(self.head, "lazy_strict", False)
+        self.use = _Use(strict)
         self.head.__class__ = _lazy_class(self.head)
-        self.head.lazy_strict = strict
+        self.head.lazy_uses = [*getattr(self.head, "lazy_uses", ()), self.use]
 
     def restore(self) -> None:
-        """Makes the model what it was."""
-        if self.before is not None:
-            kind, strict = self.before
-            self.head.__class__ = kind
-            del self.head.lazy_strict
-            if issubclass(kind, LazyHead):
-                vars(self.head)["lazy_strict"] = strict
-            self.before = None
+        """Ends it, for copies of the model too; whatever else made the head lazy goes on."""
+        self.use.over = True
+        uses = [use for use in getattr(self.head, "lazy_uses", ()) if not use.over]
+        plain = next((kind for kind, lazy in _CLASSES.items() if lazy is type(self.head)), None)
+        if plain is None or uses:
+            return
+        self.head.__class__ = plain
+        del self.head.lazy_uses
 
     def __enter__(self) -> "lazy_logits":
         return self

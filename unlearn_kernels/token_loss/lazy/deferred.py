@@ -1,12 +1,15 @@
 """Losses that wait until somebody looks: models compute one from labels whether or not it is used."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unlearn_kernels.token_loss.lazy.changes import version
 from unlearn_kernels.token_loss.lazy.hung import watched, watches
 from unlearn_kernels.token_loss.lazy.pick import nll
 from unlearn_kernels.token_loss.lazy.rows import Rows
@@ -20,20 +23,46 @@ _METADATA = {
     "get.grad_fn",
     "get.is_leaf",
 }
+_BETWEEN = ("torch.", "unlearn_kernels.")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a loss is of, as it was when somebody asked for it."""
+
+    rows: Rows
+    labels: Tensor
+    ignore_index: int
+    reduction: str
+    seen: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seen", version(self.labels))
+
+    def number(self) -> Tensor:
+        """The loss.
+
+        Raises:
+            RuntimeError: if anything of it has been written to since.
+        """
+        if version(self.labels) != self.seen:
+            raise RuntimeError(
+                "a loss of lazy logits is computed when it is first used, and the labels changed in place since "
+                "it was asked for: use it before"
+            )
+        return nll(self.rows.unchanged(), self.labels, self.ignore_index, self.reduction)
 
 
 class LazyLoss(Tensor):
     """A sum or mean of likelihoods, computed with its gradients when it is first used, and never if it is not.
 
     Attributes:
-        rows: the logits.
-        judged: labels, ignored label and reduction.
+        asked: logits, labels, ignored label and reduction.
         differentiable: whether gradients were enabled when it was asked for.
         made: the number, once it was used.
     """
 
-    rows: Rows
-    judged: tuple[Tensor, int, str]
+    asked: Asked
     differentiable: bool
     made: Tensor | None
 
@@ -47,7 +76,8 @@ class LazyLoss(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func.__name__ == "register_hook" and args[0].made is None and watches(args[-1]):
-            args[0].rows, handle = watched(args[0].rows, args[-1])
+            rows, handle = watched(args[0].asked.rows.unchanged(), args[-1])
+            args[0].asked = replace(args[0].asked, rows=rows)
             return handle
         args, kwargs = _numbers((args, kwargs or {}))
         return func(*args, **kwargs)
@@ -64,7 +94,7 @@ class LazyLoss(Tensor):
         """The loss, differentiable."""
         if self.made is None:
             with torch.set_grad_enabled(self.differentiable):
-                self.made = nll(self.rows, *self.judged)
+                self.made = self.asked.number()
         return self.made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -75,17 +105,17 @@ class _Link(torch.autograd.Function):
     """Ties a lazy loss to the history of its parts."""
 
     @staticmethod
-    def forward(ctx: Any, make: Callable[[], Tensor], rows: Rows, judged: Any, *_: Tensor | None) -> Tensor:
-        ctx.rows, ctx.judged = rows, judged
+    def forward(ctx: Any, make: Callable[[], Tensor], asked: Asked, *_: Tensor | None) -> Tensor:
+        ctx.asked = asked
         return make()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts, needed = (ctx.rows.h, ctx.rows.W, ctx.rows.bias), ctx.needs_input_grad[3:]
-        wanted = [x for x, need in zip(parts, needed, strict=True) if need]
+        rows, needed = ctx.asked.rows, ctx.needs_input_grad[2:]
+        wanted = [x for x, need in zip((rows.h, rows.W, rows.bias), needed, strict=True) if need]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(nll(ctx.rows, *ctx.judged), wanted, grad))
-        return None, None, None, *[next(found) if need else None for need in needed]
+            found = iter(torch.autograd.grad(ctx.asked.number(), wanted, grad))
+        return None, None, *[next(found) if need else None for need in needed]
 
 
 def lazy_loss(rows: Rows, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -95,12 +125,20 @@ def lazy_loss(rows: Rows, labels: Tensor, ignore_index: int, reduction: str) -> 
     def make() -> Tensor:
         return Tensor._make_wrapper_subclass(LazyLoss, (), dtype=wide, device=rows.h.device)
 
-    parts, judged = (rows.h, rows.W, rows.bias), (labels, ignore_index, reduction)
+    parts, asked = (rows.h, rows.W, rows.bias), Asked(rows, labels, ignore_index, reduction)
     grad = torch.is_grad_enabled()
     linked = grad and any(x is not None and x.requires_grad for x in parts)
-    loss: Any = _Link.apply(make, rows, judged, *parts) if linked else make()
-    loss.rows, loss.judged, loss.differentiable, loss.made = rows, judged, grad, None
+    loss: Any = _Link.apply(make, asked, *parts) if linked else make()
+    loss.asked, loss.differentiable, loss.made = asked, grad, None
     return loss
+
+
+def asked_by_a_model() -> bool:
+    """Whether code of transformers asks, whose models compute a loss for nobody wherever a batch has labels."""
+    frame = sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_BETWEEN):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")).startswith("transformers.")
 
 
 def _numbers(values: Any) -> Any:
@@ -109,15 +147,15 @@ def _numbers(values: Any) -> Any:
 
 
 def _flatten(x: LazyLoss) -> tuple[list[Any], Any]:
-    return ([x.rows.h], (x.rows, x.judged)) if x.made is None else ([x.made], None)
+    return ([x.asked.rows.h], x.asked) if x.made is None else ([x.made], None)
 
 
-def _unflatten(parts: Any, context: Any) -> Any:
+def _unflatten(parts: Any, asked: Any) -> Any:
     (part,) = parts
-    if context is None or not isinstance(part, Tensor):
+    if asked is None or not isinstance(part, Tensor):
         return part
-    rows, judged = context
-    return lazy_loss(rows.but(h=part), *judged)
+    rows = asked.rows.unchanged().but(h=part)
+    return lazy_loss(rows, asked.labels, asked.ignore_index, asked.reduction)
 
 
 pytree.register_pytree_node(LazyLoss, _flatten, _unflatten, serialized_type_name="unlearn_kernels.LazyLoss")

@@ -8,67 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unlearn_kernels.token_loss.lazy.changes import Lent, counting
 from unlearn_kernels.token_loss.lazy.hung import through, watched, watches
+from unlearn_kernels.token_loss.lazy.names import HOOKS, KNOWN, METADATA, name_of, writes
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
 # By the names under which torch functions and methods arrive; NotImplemented is what a fold returns to pass.
 FOLDS: Final[dict[str, Callable[..., Any]]] = {}
-
-# What is known without logits.
-_METHODS: Final = {
-    *(
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "is_contiguous",
-        "element_size",
-        "get_device",
-    ),
-    *("is_floating_point", "is_complex", "is_signed", "is_inference", "is_same_size", "__len__", "__hash__"),
-    *("data_ptr", "untyped_storage"),  # raise: there is none
-}
-_PROPERTIES: Final = {
-    *(
-        "shape",
-        "dtype",
-        "device",
-        "layout",
-        "ndim",
-        "names",
-        "itemsize",
-        "nbytes",
-        "is_leaf",
-        "is_cpu",
-        "is_cuda",
-    ),
-    *("is_meta", "is_mps", "is_xpu", "is_sparse", "is_mkldnn", "is_vulkan", "is_nested", "is_quantized"),
-    *("requires_grad", "grad_fn", "grad", "output_nr", "_version", "_base", "_backward_hooks"),
-}
-_METADATA: Final = _METHODS | {f"get.{name}" for name in _PROPERTIES}
-_WRITES: Final = {
-    f"__{name}__"
-    for name in (
-        "setitem",
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "ipow",
-        "imod",
-        "iand",
-        "ior",
-        "ixor",
-    )
-}
-_HOOKS: Final = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
-_KNOWN: Final = (
-    "slices, views, casts, cross_entropy, nll_loss, kl_div, (log_)softmax with gather, "
-    "logsumexp, argmax, max, mean"
-)
 
 
 def folds(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -101,27 +47,42 @@ class LazyLogits(Tensor):
         source: what it was detached from, where gradients are off: an autograd function may make it its output.
         fresh: whether nothing else shares its memory in eager PyTorch, so that it may be written to.
         made: the tensor, once it had to be made.
-        written: whether `made` has been written to and counts in place of `rows`.
+        lent: of it and its views, what is in memory.
     """
 
     _rows: Rows
+    _node: Any
+    _own: Tensor | None
     source: Rows | None
     fresh: bool
     made: Tensor | None
-    written: bool
+    lent: Lent
 
     @property
     def rows(self) -> Rows:
-        """What it stands for."""
-        if self.source is not None and self.grad_fn is not None:
-            source, self.source = self.source, None
+        """What it stands for.
+
+        Raises:
+            RuntimeError: if it came out of an autograd function, or its parts or a view of it were written to.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            node = self.grad_fn
+        if node is not self._node:
             with torch.enable_grad():
-                self._rows = through(source, self.grad_fn)
-        return self._rows
+                self._rows, self._node = through(self.source, node), node
+        self.lent.check(self._own)
+        return self._rows.unchanged()
 
     @rows.setter
     def rows(self, rows: Rows) -> None:
-        self._rows, self.source = rows, None
+        self._rows, self.source, self.made, self._own = rows, None, None, None
+
+    @property
+    def settled(self) -> bool:
+        """Whether `made` counts in place of `rows`: one of them has been written to."""
+        if self._own is None:
+            return False
+        return any(x is self._own for x in self.lent.written()) or self._rows.changed() is not None
 
     @classmethod
     def __torch_function__(
@@ -129,17 +90,24 @@ class LazyLogits(Tensor):
     ) -> Any:
         """Metadata, a fold, or the tensor itself."""
         kwargs = kwargs or {}
-        name = _name(func)
-        if name in _METADATA:
+        name = name_of(func)
+        if name in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         lazy = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=is_lazy) if is_lazy(x)]
-        if name in _HOOKS:
-            if name == "register_hook" and watches(args[-1]):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name}: lazy logits cannot enter a transform of torch.func; give it .dense()"
+            )
+        if name == "register_hook" and watches(args[-1]):
+            if not lazy[0].settled:
                 lazy[0].rows, handle = watched(lazy[0].rows, args[-1])
                 return handle
-            raise RuntimeError(f"{name}: lazy logits never have a gradient; hook the hidden states")
-        if not any(x.written for x in lazy):
+        elif name in HOOKS or (name == "grad" and any(is_lazy(x) for x in args[1])):
+            raise RuntimeError(
+                f"{name}: lazy logits never have a gradient; use that of .dense() or the hidden states"
+            )
+        if not any(x.settled for x in lazy):
             found = FOLDS[name](*args, **kwargs) if name in FOLDS else NotImplemented
             if found is not NotImplemented:
                 return found
@@ -153,18 +121,21 @@ class LazyLogits(Tensor):
         lazy = [x for x in pytree.tree_leaves((args, kwargs), is_leaf=is_lazy) if is_lazy(x)]
         _refuse(str(func), lazy)
         with torch.no_grad():
-            args, kwargs = _dense((args, kwargs or {}))
+            args, kwargs = _dense((args, kwargs or {}), Tensor.detach)
         return func(*args, **kwargs)
 
     def dense(self) -> Tensor:
         """The tensor that this stands for, made now, under `strict` too; differentiable."""
-        stale = torch.is_grad_enabled() and self.made is not None and not self.made.requires_grad
-        if self.made is None or (stale and not self.written and self.requires_grad):
-            self.made = self.rows.dense()
+        if self.made is None:
+            rows = self.rows
+            with counting(self.requires_grad):
+                made = rows.dense()
+            self.made, self._own = made, self.lent.add(made)
+        self.lent.check(self._own)
         return self.made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        rows = self.rows
+        rows = self._rows
         return f"LazyLogits({rows.kind}, shape={rows.shape}, dtype={rows.dtype}, device='{rows.h.device}')"
 
 
@@ -178,10 +149,11 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [ctx.rows.h, ctx.rows.W, ctx.rows.bias]
+        rows = ctx.rows.unchanged()
+        parts = [rows.h, rows.W, rows.bias]
         wanted = [x for x, need in zip(parts, ctx.needs_input_grad[1:], strict=True) if need]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(ctx.rows.dense(), wanted, grad))
+            found = iter(torch.autograd.grad(rows.dense(), wanted, grad))
         return None, *[next(found) if need else None for need in ctx.needs_input_grad[1:]]
 
 
@@ -195,14 +167,26 @@ def lazy(rows: Rows, fresh: bool = True) -> LazyLogits:
     parts = (rows.h, rows.W, rows.bias)
     linked = rows.kind != "one_hot" and any(x is not None and x.requires_grad for x in parts)
     made: Any = _Link.apply(rows, *parts) if linked else _bare(rows)
-    made.rows, made.fresh, made.made, made.written = rows, fresh, None, False
+    with torch._C.DisableTorchFunctionSubclass():
+        made._node = made.grad_fn
+    made.rows, made.fresh, made.lent = rows, fresh, Lent()
     return made
 
 
 def view(of: LazyLogits, rows: Rows) -> LazyLogits:
     """A lazy tensor that shares another's memory in eager PyTorch."""
+    made = lazy(rows, fresh=False)
+    of.fresh, made.lent = False, of.lent
+    return made
+
+
+def plain_view(of: LazyLogits, make: Callable[[], Tensor]) -> Tensor:
+    """A plain tensor that shares another's memory in eager PyTorch: the other raises once it is written to."""
     of.fresh = False
-    return lazy(rows, fresh=False)
+    with counting(torch.is_grad_enabled()):
+        made = make()
+    of.lent.add(made)
+    return made
 
 
 def is_lazy(x: Any) -> bool:
@@ -210,33 +194,26 @@ def is_lazy(x: Any) -> bool:
     return isinstance(x, LazyLogits)
 
 
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    owner = getattr(func, "__self__", None)
-    return f"{name.strip('_')}.{owner.__name__}" if name in ("__get__", "__set__") and owner else name
-
-
 def _refuse(name: str, lazy: list[LazyLogits]) -> None:
-    strict = [x.rows for x in lazy if x.rows.strict and x.made is None]
+    strict = [x._rows for x in lazy if x._rows.strict and x.made is None]
     if strict:
         raise RuntimeError(
             f"lazy_logits(strict=True): {name} needs {strict[0].kind} of shape {strict[0].shape} in memory, "
-            f"{strict[0].dtype}; use what is known without them ({_KNOWN}), call .dense() where they are wanted, or "
+            f"{strict[0].dtype}; use what is known without them ({KNOWN}), call .dense() where they are wanted, or "
             "leave strict off"
         )
 
 
-def _dense(values: Any) -> Any:
-    return pytree.tree_map(lambda x: x.dense() if is_lazy(x) else x, values, is_leaf=is_lazy)
+def _dense(values: Any, use: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+    return pytree.tree_map(lambda x: use(x.dense()) if is_lazy(x) else x, values, is_leaf=is_lazy)
 
 
 def _made(name: str, func: Callable[..., Any], lazy: list[LazyLogits], args: Any, kwargs: Any) -> Any:
     """The function of tensors that are in memory; one that writes, writes to what only the lazy tensor holds."""
     _refuse(name, lazy)
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__")) or name.startswith("set.")
     if "out" in kwargs and is_lazy(kwargs["out"]):
         raise RuntimeError(f"{name}: lazy logits cannot be an output")
-    if not (in_place and args and is_lazy(args[0])):
+    if not (writes(name) and args and is_lazy(args[0])):
         args, kwargs = _dense((args, kwargs))
         return func(*args, **kwargs)
     target: LazyLogits = args[0]
@@ -244,12 +221,12 @@ def _made(name: str, func: Callable[..., Any], lazy: list[LazyLogits], args: Any
         raise RuntimeError(f"{name}: lazy logits that others share cannot be written to; clone() them first")
     args, kwargs = _dense((args, kwargs))
     func(*args, **kwargs)
-    target.written = True
+    torch.autograd.graph.increment_version(target.dense())
     return None if name == "__setitem__" else target
 
 
 def _flatten(x: LazyLogits) -> tuple[list[Any], Any]:
-    return ([x.made], None) if x.written else ([x.rows.h], x.rows)
+    return ([x.dense()], None) if x.settled else ([x.rows.h], x.rows)
 
 
 def _unflatten(parts: Any, rows: Any) -> Any:

@@ -49,16 +49,18 @@ def watched(rows: Rows, hook: Any) -> tuple[Rows, Handles]:
     return rows.but(**views), Handles([x.register_hook(hook) for x in views.values()])
 
 
-def through(rows: Rows, node: Any) -> Rows:
+def through(rows: Rows | None, node: Any) -> Rows:
     """The rows as they come out of the autograd function that made `node` of their tensor.
 
     Raises:
-        RuntimeError: if the function is none of DeepSpeed's, which are identities: it may do anything.
+        RuntimeError: if the function is none of DeepSpeed's, which are identities of what they detach: it may do
+            anything, as may whoever hooks the gradient of logits.
     """
     function = getattr(node, "_forward_cls", type(node))
-    if not function.__module__.startswith(_TRUSTED):
+    if rows is None or not function.__module__.startswith(_TRUSTED):
         raise RuntimeError(
-            f"{function.__name__}.apply: lazy logits cannot go through an autograd function; give it .dense()"
+            f"{function.__name__}.apply: lazy logits cannot go through an autograd function, nor have a module's "
+            "backward hooks: give it .dense(), hook the hidden states"
         )
     names = _differentiable(rows)
     parts = _Through.apply(node, *(getattr(rows, name) for name in names))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels.token_loss.distances import linear_kl, linear_soft_ce
-from unlearn_kernels.token_loss.lazy.deferred import lazy_loss
+from unlearn_kernels.token_loss.lazy.deferred import asked_by_a_model, lazy_loss
 from unlearn_kernels.token_loss.lazy.handle import LazyLogits, folds, is_lazy
-from unlearn_kernels.token_loss.lazy.pick import NO_LABEL, logsumexp, nll, picked
+from unlearn_kernels.token_loss.lazy.pick import NO_LABEL, in_vocabulary, logsumexp, nll, picked
 from unlearn_kernels.token_loss.lazy.rows import Rows
 from unlearn_kernels.token_loss.statistics import linear_maxmean, linear_stats
 
@@ -73,7 +73,8 @@ def _judged(rows: Rows, target: Any, weight: Tensor | None, ignore_index: int, r
     if not _labels(rows, target):
         return NotImplemented
     if weight is None and reduction != "none":
-        return lazy_loss(rows, target, ignore_index, reduction)
+        waits = torch.is_grad_enabled() or asked_by_a_model()
+        return (lazy_loss if waits else nll)(rows, target, ignore_index, reduction)
     if weight is None:
         return nll(rows, target, ignore_index)
     target = target.long()
@@ -157,7 +158,7 @@ def _gather(x: Any, dim: Any, index: Any, **options: Any) -> Any:
     fits = rows.last and rows.marked is None and rows.kind != "one_hot" and dim % rows.h.dim() == rows.at
     if not fits or index.shape != (*rows.h.shape[:-1], 1):
         return NotImplemented
-    return picked(rows, index.squeeze(-1)).unsqueeze(-1)
+    return picked(rows, in_vocabulary(rows, index.squeeze(-1))).unsqueeze(-1)
 
 
 def _over_words(x: Any, dim: Any, *kinds: str) -> bool:

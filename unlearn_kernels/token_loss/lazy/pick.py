@@ -10,6 +10,22 @@ from unlearn_kernels.token_loss.linear import linear_nll
 NO_LABEL = -(1 << 62)
 
 
+def in_vocabulary(rows: Rows, words: Tensor, least: int = 0) -> Tensor:
+    """Words counted from 0, of indices from `least` on; a device asserts, as eager PyTorch does there.
+
+    Raises:
+        IndexError: if one is outside.
+    """
+    outside = (words < least) | (words >= rows.words)
+    if words.device.type != "cpu":
+        torch._assert_async(~outside.any())
+    elif outside.any():
+        raise IndexError(
+            f"words of lazy logits must be in [{least}, {rows.words}), got {int(words[outside][0])}"
+        )
+    return torch.where(words < 0, words + rows.words, words) if least < 0 else words
+
+
 def nll(rows: Rows, labels: Tensor, ignore_index: int = NO_LABEL, reduction: str = "none") -> Tensor:
     """Negative log-likelihoods under the softmax of these logits."""
     h, W, bias = rows.parts()
@@ -42,11 +58,8 @@ def logsumexp(rows: Rows) -> Tensor:
 
 def columns(rows: Rows, words: Tensor) -> Tensor:
     """Some words of every row, (*, K)."""
+    words = in_vocabulary(rows, words, -rows.words)
     few = rows.but(W=rows.W[words], bias=None if rows.bias is None else rows.bias[words])
-    if words.dim() != 1 or words.dtype == torch.bool:
-        raise IndexError(
-            f"words of lazy logits must be integers (K,), got {words.dtype} {tuple(words.shape)}"
-        )
     if rows.kind == "logits":
         return few.dense()
     likelihoods = few.but(kind="logits").dense() - logsumexp(rows).unsqueeze(-1)

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from unlearn_kernels.token_loss.lazy.changes import version
 
 Kind = Literal["logits", "log_probs", "probs", "one_hot"]
 
@@ -28,6 +30,7 @@ class Rows:
         marked: words (*) whose logits are lowered by `by`; those where a `one_hot` is `by` instead of 0.
         by: infinite where the word is taken out.
         strict: whether to raise rather than to make the tensor.
+        versions: how often its tensors had been written to when this was made.
     """
 
     h: Tensor
@@ -41,6 +44,35 @@ class Rows:
     marked: Tensor | None = None
     by: float = 0.0
     strict: bool = False
+    versions: tuple[int, int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", self._versions())
+
+    def _versions(self) -> tuple[int, int, int, int]:
+        return version(self.h), version(self.W), version(self.bias), version(self.marked)
+
+    def changed(self) -> str | None:
+        """What of it has been written to since."""
+        now = self._versions()
+        if now == self.versions:
+            return None
+        names = ("the hidden states", "the head's weight", "the head's bias", "the words lowered")
+        return next(name for name, a, b in zip(names, now, self.versions, strict=True) if a != b)
+
+    def unchanged(self) -> "Rows":
+        """Itself.
+
+        Raises:
+            RuntimeError: if anything of it has been written to since: the logits would be others.
+        """
+        changed = self.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"lazy logits are made when they are used, and {changed} changed in place since the model ran: "
+                "use them before, or keep .dense()"
+            )
+        return self
 
     @property
     def words(self) -> int:

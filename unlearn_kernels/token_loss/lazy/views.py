@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlearn_kernels.token_loss.lazy.handle import LazyLogits, folds, is_lazy, lazy, view
-from unlearn_kernels.token_loss.lazy.pick import columns, picked
+from unlearn_kernels.token_loss.lazy.handle import LazyLogits, folds, is_lazy, lazy, plain_view, view
+from unlearn_kernels.token_loss.lazy.pick import columns, in_vocabulary, picked
 from unlearn_kernels.token_loss.lazy.rows import Rows
 
 _ALL = slice(None)
@@ -18,22 +18,33 @@ _ALL = slice(None)
 def _getitem(x: Any, index: Any) -> Any:
     if not is_lazy(x) or not x.rows.last:
         return NotImplemented
-    rows, items = x.rows, _expanded(index if isinstance(index, tuple) else (index,), x.rows.h.dim())
+    index = tuple(_entry(i) for i in (index if isinstance(index, tuple) else (index,)))
+    rows, items = x.rows, _expanded(index, x.rows.h.dim())
     if items is None:
         return NotImplemented
     *lead, word = items
     if not isinstance(word, slice):
-        return _words(rows, lead, word)
+        return _words(x, lead, word)
     if word.indices(rows.words) != (0, rows.words, 1):
         return NotImplemented
     found = rows.moved(lambda t: t[tuple([*lead, _ALL])])
     if _one_position(lead, rows):
-        return found.dense()
-    return lazy(found) if any(isinstance(i, (Tensor, list)) for i in lead) else view(x, found)
+        return plain_view(x, found.dense)
+    return lazy(found) if _copies(lead) else view(x, found)
+
+
+def _entry(i: Any) -> Any:
+    """Lists and NumPy's arrays as tensors; what has no dimensions as a number."""
+    nested = isinstance(i, list) and any(isinstance(j, (list, slice)) for j in i)
+    if (isinstance(i, list) and not nested) or (hasattr(i, "__array__") and not isinstance(i, Tensor)):
+        i = torch.as_tensor(i)
+    return i.item() if isinstance(i, Tensor) and i.dim() == 0 and not _is_mask(i) else i
 
 
 def _expanded(index: tuple[Any, ...], dims: int) -> list[Any] | None:
     """One entry for every dimension and None; None if the vocabulary is not the last entry of its own."""
+    if any(isinstance(i, (bool, list)) or (_is_mask(i) and i.dim() == 0) for i in index):
+        return None
     # `in` and `count` would compare tensors.
     uses = [0 if i is None or i is Ellipsis else i.dim() if _is_mask(i) else 1 for i in index]
     rest = [_ALL] * (dims - sum(uses))
@@ -47,27 +58,35 @@ def _is_mask(i: Any) -> bool:
     return isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
 
 
+def _copies(lead: Sequence[Any]) -> bool:
+    return any(isinstance(i, Tensor) for i in lead)
+
+
 def _one_position(lead: Sequence[Any], rows: Rows) -> bool:
     """A position of every sequence, as generation reads it: (B, V), which is no cost to speak of."""
     whole = len(lead) == 2 and isinstance(lead[0], slice) and rows.h.dim() == 3
-    return whole and isinstance(lead[1], int) and not isinstance(lead[1], bool) and rows.kind == "logits"
+    return whole and isinstance(lead[1], int) and rows.kind == "logits"
 
 
-def _words(rows: Rows, lead: Sequence[Any], word: Any) -> Any:
+def _words(x: LazyLogits, lead: Sequence[Any], word: Any) -> Any:
     """Single words of rows: one everywhere, or one for each row."""
+    rows = x.rows
     if rows.marked is not None:
         return NotImplemented
     if isinstance(word, int):
-        h = rows.h[tuple([*lead, _ALL])]
-        return picked(rows.but(h=h), torch.full(h.shape[:-1], word % rows.words, device=h.device))
+        found = rows.but(h=rows.h[tuple([*lead, _ALL])])
+        words = in_vocabulary(rows, torch.tensor(word, device=rows.h.device), -rows.words)
+        pick = lambda: picked(found, words.expand(found.h.shape[:-1]))  # noqa: E731
+        return pick() if _copies(lead) else plain_view(x, pick)
+    if not isinstance(word, Tensor) or word.is_floating_point():
+        return NotImplemented
     if all(isinstance(i, slice) and i == _ALL for i in lead):
-        return columns(rows, torch.as_tensor(word, device=rows.h.device))
-    if not isinstance(word, Tensor) or not all(
-        isinstance(i, (int, Tensor)) and not _is_mask(i) for i in lead
-    ):
+        return columns(rows, word.to(rows.h.device)) if word.dim() == 1 else NotImplemented
+    if not all(isinstance(i, (int, Tensor)) and not _is_mask(i) for i in lead):
         return NotImplemented
     indices = torch.broadcast_tensors(*(torch.as_tensor(i, device=rows.h.device) for i in (*lead, word)))
-    return picked(rows.but(h=rows.h[tuple(indices[:-1])]), indices[-1] % rows.words)
+    words = in_vocabulary(rows, indices[-1], -rows.words)
+    return picked(rows.but(h=rows.h[tuple(indices[:-1])]), words)
 
 
 @folds("view", "reshape")
