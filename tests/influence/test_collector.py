@@ -261,6 +261,12 @@ def test_refusals(tmp_path: Path) -> None:
             lambda: InfluenceCollector(model, Projection(size(model), 16, seed=1), one.into, loss=squares),
             "store must hold rows of projection .*seed=1",
         ),
+        (
+            lambda: InfluenceCollector(
+                model, projection, one.into, loss=lambda m, b: m(b).detach().sum(1)
+            ).rows(x),
+            "loss must depend on the model's parameters",
+        ),
         (lambda: InfluenceCollector(model, {}, one.into, loss=squares), "projection must not be empty"),
         (
             lambda: InfluenceCollector(model, dict(reversed(parts.items())), ordered, loss=squares),

@@ -122,6 +122,8 @@ class InfluenceCollector:
             losses = self.loss(self.model, batch)
             if losses.dim() != 1:
                 raise ValueError(f"loss must return one number a sample, (B,), got {tuple(losses.shape)}")
+            if not losses.requires_grad:
+                raise ValueError("loss must depend on the model's parameters, got one without a gradient")
             losses.sum().backward()
             if len(losses) != gradients.batch.samples:
                 raise ValueError(f"loss must return {gradients.batch.samples} numbers, got {len(losses)}")
