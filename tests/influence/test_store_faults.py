@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from unlearn_kernels import _files
-from unlearn_kernels.influence import GradientStore, StoreError, _scan, _shards
+from unlearn_kernels.influence import GradientStore, StoreError, _scan, _shards, merge
 from unlearn_kernels.influence import store as module
+from unlearn_kernels.influence._found import Found
 from unlearn_kernels.testing import randn
 
 
@@ -225,3 +226,16 @@ def test_scores_that_scaling_makes_equal_are_ordered_as_in_one_shard(tmp_path: P
     queries = randn(20, 16, seed=1) * 1e-22
     for ours, expected in zip(many.ends(queries, 50), one.ends(queries, 50), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scores_in_any_order_are_merged(parts: int) -> None:
+    values = randn(2, 12)
+    values[:, 7] = values[:, 2]
+    numbers = torch.arange(12).expand(2, 12)
+    found = merge(
+        [Found(*x) for x in zip(*(t.chunk(parts, 1) for t in (values, numbers, numbers)), strict=True)], 5
+    )
+    best = values.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found.values, best.values[:, :5])
+    assert torch.equal(found.ids, best.indices[:, :5])

@@ -30,7 +30,7 @@ def merge(parts: Sequence[Found], k: int, *, largest: bool = True) -> Found:
     """The `k` best of several searches with the same queries, as if their rows had been in one store.
 
     Args:
-        parts: results in the order of their row numbers: for shards on ranks, the numbers made global first.
+        parts: results, or scores in any order, with row numbers: for shards on ranks, those made global first.
         k: how many to keep.
         largest: which end the parts are of.
 
@@ -39,8 +39,6 @@ def merge(parts: Sequence[Found], k: int, *, largest: bool = True) -> Found:
     """
     if not parts:
         raise ValueError("parts must hold at least one result, got none")
-    if len(parts) == 1:
-        return Found(*(x[:, :k] for x in parts[0]))
     values, ids, indices = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     order = indices.argsort(dim=1, stable=True)
     values, ids, indices = (x.gather(1, order) for x in (values, ids, indices))

@@ -428,8 +428,10 @@ class GradientStore:
         directions = [True, False] if ends == 3 else [ends == 1]
         # Looked up at the end: a device goes from shard to shard without waiting for the host.
         parts = [[_named(shard, first, *of[n]) for shard, first, of in found] for n in range(len(directions))]
+        if not found:
+            return [nothing(queries) for _ in directions], of_queries.scales.cpu()
         merged = [
-            merge(end, k, largest=d) if end else nothing(queries)
+            merge(end, k, largest=d) if len(end) > 1 else end[0]  # one shard's are in order
             for end, d in zip(parts, directions, strict=True)
         ]
         return merged, of_queries.scales.cpu()
