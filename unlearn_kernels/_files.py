@@ -129,7 +129,7 @@ def check_size(path: Path, size: int) -> None:
     """
     try:
         found = path.stat().st_size
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path} is missing") from error
     if found != size:
         raise StoreError(f"{path} is truncated or foreign: {found} bytes, {size} expected")
@@ -162,7 +162,7 @@ def mapped(path: Path, kind: Any, shape: tuple[int, ...]) -> Tensor:
     try:
         # Copy-on-write: torch takes no read-only memory, and nothing here writes.
         return torch.from_numpy(np.memmap(path, kind, "c", shape=shape))
-    except FileNotFoundError as error:  # taken away since its size was looked at
+    except (FileNotFoundError, NotADirectoryError) as error:  # taken away since its size was looked at
         raise StoreError(f"{path} is missing") from error
 
 

@@ -72,8 +72,9 @@ def install() -> None:
     if not hasattr(utils, _NAME):
         raise ImportError("this version of TRL has no fused head: call lazy_logits(model) instead")
     for name, ours in ((_NAME, LogProbs), (_COMPACT, lambda device: True)):
-        _before[name] = getattr(utils, name)
-        setattr(utils, name, ours)
+        if hasattr(utils, name):
+            _before[name] = getattr(utils, name)
+            setattr(utils, name, ours)
 
 
 def uninstall() -> None:

@@ -86,6 +86,15 @@ def test_versions_without_a_fused_head(utils):
     utils._ChunkedLogProbFunction = Plain
 
 
+def test_versions_that_compute_every_position(utils):
+    del utils._use_triton
+    trl.install()
+    assert utils._ChunkedLogProbFunction is trl.LogProbs
+    trl.uninstall()
+    assert utils._ChunkedLogProbFunction is Plain
+    assert not hasattr(utils, "_use_triton")
+
+
 def llama():
     shape = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}

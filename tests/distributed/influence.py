@@ -90,6 +90,14 @@ def check_changes() -> None:
     assert many.ids().tolist() == [10 * r + n for r in range(world) for n in range(4) if r == 0 or n]
     queries = randn(2, WIDTH)
     assert many.topk(queries, 4 + 3 * (world - 1)).ids.sort().values[0].tolist() == many.ids().tolist()
+    if rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "delete", lambda _: (_ for _ in ()).throw(OSError("disk")))
+            with pytest.raises(OSError, match="disk"):
+                many.delete([1])
+    else:
+        with pytest.raises(StoreError, match=r"delete failed on ranks \[1\]"):
+            many.delete([-1])
     if rank:
         store.close()
         many.store = GradientStore.open(store.path)

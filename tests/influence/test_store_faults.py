@@ -1,6 +1,7 @@
 """What must not cost rows of a store nor find wrong ones: odd arguments, failures halfway, other processes."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,11 @@ def test_scores_in_any_order_are_merged(parts: int) -> None:
     best = values.sort(dim=1, descending=True, stable=True)
     assert torch.equal(found.values, best.values[:, :5])
     assert torch.equal(found.ids, best.indices[:, :5])
+
+
+def test_a_file_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    filled(tmp_path, 2).close()
+    shutil.rmtree(tmp_path / "00000000")
+    (tmp_path / "00000000").touch()
+    with pytest.raises(StoreError, match="is missing"):
+        GradientStore.open(tmp_path)

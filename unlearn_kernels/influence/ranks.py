@@ -169,14 +169,22 @@ class RankedStore:
 
         Raises:
             ValueError: if `ids` are no integers.
-            StoreError: on all ranks, before anything is deleted, if a store is not open for writing.
+            StoreError: on all ranks, before anything is deleted, if a store is not open for writing; on the others,
+                if one rank failed.
         """
         writable = self._numbers(int(self.store.writable))
         if not all(writable):
             raise StoreError(f"store must be open for writing on all ranks, got {writable}")
-        count = sum(self._numbers(self.store.delete(ids)))
+        try:
+            mine = self.store.delete(ids)
+        except BaseException:
+            self._numbers(-1)  # or the others would wait for ever
+            raise
+        counts = self._numbers(mine)
+        if failed := [rank for rank, count in enumerate(counts) if count < 0]:
+            raise StoreError(f"delete failed on ranks {failed}; call it again")
         self._count()
-        return count
+        return sum(counts)
 
 
 def _unpacked(x: Tensor) -> Found:
