@@ -136,8 +136,13 @@ class Woodbury:
         if len(given) and (given.dtype == torch.bool or given.is_floating_point() or given.is_complex()):
             raise ValueError(f"index must be integers, got {given.dtype}")
         gone = given.long()
-        if len(gone.unique()) != len(gone) or not bool(torch.isin(gone, self.kept).all()):
-            raise ValueError(f"index must name different rows that are left, got {gone.tolist()}")
+        values, counts = gone.unique(return_counts=True)
+        bad = values[(counts > 1) | torch.isin(values, self.kept, invert=True)]
+        if len(bad):
+            raise ValueError(
+                f"index must name different rows that are left, got {int(bad[0])}, "
+                f"first of {len(bad)} that are gone or given twice"
+            )
         at = torch.searchsorted(self.kept, gone)
         for position in at.sort(descending=True).values.tolist():
             self._delete(position)
