@@ -137,6 +137,18 @@ def test_scores_self_influence_and_preconditioner(tmp_path: Path, dtype: str) ->
 
 
 @ALL
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_self_influence_of_rows_whose_squares_are_no_float32(
+    tmp_path: Path, dtype: str, scale: float
+) -> None:
+    store = filled(tmp_path, dtype, randn(90, 40) * scale)
+    kept, matrix = stored(store).double(), randn(40, 40, seed=2) / 6
+    for preconditioner in (matrix, matrix.double(), lambda q: q @ matrix):
+        expected = ((kept @ matrix.double()) * kept).sum(1)
+        assert relative_error(store.self_influence(preconditioner), expected) < 1e-6
+
+
+@ALL
 def test_deletion_and_compaction(tmp_path: Path, dtype: str) -> None:
     rows, queries = randn(120, 24), randn(4, 24, seed=1)
     store = GradientStore.create(tmp_path / "store", 24, dtype)

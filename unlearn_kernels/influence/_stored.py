@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from unlearn_kernels.influence._shards import Shard, read_store
 
 Preconditioner = Tensor | Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
+_AT_ONCE: Final = 1 << 18  # numbers
 
 
 class StoredRows:
@@ -80,14 +81,11 @@ class StoredRows:
     def self_influence(self, preconditioner: Preconditioner | None = None) -> Tensor:
         r"""Return `\langle r, P r \rangle` of every row, (N,) float64; from the cached norms without a preconditioner.
 
-        With one, of the rows as they are stored.
+        With one, of the rows as they are stored; products are added up in float64, `P r` is in the type of `P`.
         """
         if preconditioner is None:
             return self.sqnorms()
-        parts = [
-            (rows * self._folded(rows, preconditioner)).sum(1, dtype=torch.float64)
-            for _, rows in self.blocks()
-        ]
+        parts = [_products_of_rows(rows, self._folded(rows, preconditioner)) for _, rows in self.blocks()]
         return self._gathered(parts, torch.float64)
 
     def _folded(self, queries: Tensor, preconditioner: Preconditioner | None) -> Tensor:
@@ -97,14 +95,14 @@ class StoredRows:
                 f"queries must be (Q, {self.width}), floating-point, got {q.dtype} {tuple(q.shape)}"
             )
         if preconditioner is None:
-            return q.float()
+            return q
         if callable(preconditioner):
             out = preconditioner(q).to(q.device)
         else:
             out = q.to(preconditioner.dtype) @ preconditioner.to(q.device)
         if out.shape != q.shape:
             raise ValueError(f"preconditioner must keep the shape {tuple(q.shape)}, got {tuple(out.shape)}")
-        return out.float()
+        return out
 
     def scores(
         self,
@@ -123,7 +121,7 @@ class StoredRows:
         """
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
-        folded, done = self._folded(queries, preconditioner).cpu(), 0
+        folded, done = self._folded(queries, preconditioner).float().cpu(), 0
         for ids, rows in self.blocks(size):
             yield ids, products(folded, rows)
             done += len(ids)
@@ -190,7 +188,7 @@ class StoredRows:
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
-        of_queries, first = scanned_by(self._folded(queries, preconditioner), self._manifest), 0
+        of_queries, first = scanned_by(self._folded(queries, preconditioner).float(), self._manifest), 0
         found = []
         for shard in self._shards:
             found.append((shard, first, scan_shard(shard, of_queries, k, ends)))
@@ -207,6 +205,13 @@ class StoredRows:
             for end, d in zip(parts, directions, strict=True)
         ]
         return merged, of_queries.scales.cpu()
+
+
+def _products_of_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Of each row of both, (n,) float64: a product of numbers of float32 may be too large for one. Some at a time."""
+    size = max(1, _AT_ONCE // x.shape[1])
+    parts = zip(x.split(size), y.split(size), strict=True)
+    return torch.cat([a.double().mul_(b).sum(1) for a, b in parts])
 
 
 def _named(shard: Shard, first: int, values: Tensor, there: Tensor) -> Found:
