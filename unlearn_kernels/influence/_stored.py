@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.influence._found import Ends, Found, merge, nothing
 from unlearn_kernels.influence._scan import products, scan_shard, scanned_by
 from unlearn_kernels.influence._shards import Shard, read_store
@@ -111,19 +112,22 @@ class StoredRows:
         preconditioner: Preconditioner | None = None,
         size: int = 8192,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids (n,) and scores (Q, n), float32, of at most `size` rows at a time, in the order of the store.
 
-        A score has the same bits in whatever block and shard its row is.
+        They are made on the CPU. A score has the same bits in whatever block and shard its row is, but for
+        `backend="reference"`.
 
         Raises:
             ValueError: if `queries` or `size` do not fit.
+            BackendError: if `backend`, see `unlearn_kernels.use_backend`, cannot run.
         """
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         folded, done = self._folded(queries, preconditioner).float().cpu(), 0
         for ids, rows in self.blocks(size):
-            yield ids, products(folded, rows)
+            yield ids, products(folded, rows, backend)
             done += len(ids)
             if progress is not None:
                 progress(done, len(self))
@@ -136,6 +140,7 @@ class StoredRows:
         largest: bool = True,
         preconditioner: Preconditioner | None = None,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> Found:
         r"""Find the `k` rows with the best `\langle P q, r \rangle`, reading each row once for up to 192 queries.
 
@@ -146,6 +151,8 @@ class StoredRows:
             preconditioner: `P`: a matrix, (width, width), that queries are multiplied by from the right, or a
                 function of them, where they are. Rows are left as they are.
             progress: called with rows scanned and rows in all.
+            backend: see `unlearn_kernels.use_backend`. One that is asked for runs where the queries are, and takes them
+                from nowhere else; without Triton, the default takes those on a CUDA device to the CPU.
 
         Returns:
             Scores, ids and row numbers, on the CPU; equal scores by row number, NaN above every number. Integers of a
@@ -154,12 +161,13 @@ class StoredRows:
 
         Raises:
             ValueError: if `queries` or `k` do not fit.
+            BackendError: if `backend` cannot run.
 
         Scratch: no Q x N scores. `1 MB + 3 kB * k` a thread, `96 B * Q k` a shard. Of a shard with more deleted rows
         than 128 and `k`, 32 MB of those that are left; with fewer, they count to `k`. On a device 96 MB of rows,
-        64 MB of keys.
+        64 MB of keys. `reference` has the scores of 32 MB of rows at a time.
         """
-        found, scales = self.unscaled(queries, k, 1 if largest else 2, preconditioner, progress)
+        found, scales = self.unscaled(queries, k, 1 if largest else 2, preconditioner, progress, backend)
         return found[0].scaled(scales)
 
     def ends(
@@ -169,9 +177,10 @@ class StoredRows:
         *,
         preconditioner: Preconditioner | None = None,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> Ends:
         """Do what `topk` does for the largest and the smallest, in one scan."""
-        found, scales = self.unscaled(queries, k, 3, preconditioner, progress)
+        found, scales = self.unscaled(queries, k, 3, preconditioner, progress, backend)
         return Ends(*(end.scaled(scales) for end in found))
 
     def unscaled(
@@ -181,6 +190,7 @@ class StoredRows:
         ends: int,
         preconditioner: Preconditioner | None,
         progress: Progress | None,
+        backend: Backend | None = None,
     ) -> tuple[list[Found], Tensor]:
         """What `topk` (`ends` 1, or 2 for the smallest) or both (3) find, and the queries' scales, (Q,) to multiply by.
 
@@ -188,8 +198,8 @@ class StoredRows:
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
-        of_queries, first = scanned_by(self._folded(queries, preconditioner).float(), self._manifest), 0
-        found = []
+        folded = self._folded(queries, preconditioner).float()
+        of_queries, first, found = scanned_by(folded, self._manifest, backend), 0, []
         for shard in self._shards:
             found.append((shard, first, scan_shard(shard, of_queries, k, ends)))
             first += shard.info.rows - shard.info.deleted_rows

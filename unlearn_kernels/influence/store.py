@@ -9,6 +9,7 @@ from typing import IO, Any, Final
 import torch
 from torch import Tensor
 
+from unlearn_kernels._backends import Backend
 from unlearn_kernels._files import StoreError, locked
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._codes import FORMATS, Format
@@ -131,7 +132,12 @@ class GradientStore(StoredRows):
             raise StoreError(f"{self.path} is not open for writing: pass write=True to open")
 
     def append(
-        self, rows: Tensor, ids: Tensor | Sequence[int] | None = None, metadata: Sequence[Any] | None = None
+        self,
+        rows: Tensor,
+        ids: Tensor | Sequence[int] | None = None,
+        metadata: Sequence[Any] | None = None,
+        *,
+        backend: Backend | None = None,
     ) -> None:
         """Take in rows; they are safe on disk after `flush`, or once 256 MB have come together.
 
@@ -141,9 +147,11 @@ class GradientStore(StoredRows):
             rows: (n, width), floating-point, on any device.
             ids: (n,) integers; None: numbers on from the largest that was ever there, and from the rows ever written.
             metadata: n JSON values.
+            backend: see `unlearn_kernels.use_backend`: of what makes integers and norms.
 
         Raises:
             ValueError: if something does not fit, or a row that becomes integers is not finite.
+            BackendError: if `backend` cannot run.
             StoreError: if the store is not open for writing.
         """
         self._writable()
@@ -164,16 +172,19 @@ class GradientStore(StoredRows):
             self.flush()
         if self._pending is None:
             self._pending = self._new_shard()
-        self._pending.add(self._encoded(rows.detach(), written), ids, metadata)
+        self._pending.add(self._encoded(rows.detach(), written, backend), ids, metadata)
         if self._pending.bytes >= _SHARD_BYTES:
             self.flush()
 
-    def _encoded(self, rows: Tensor, first: int) -> Iterator[tuple[_codes.Coded, Tensor]]:
+    def _encoded(
+        self, rows: Tensor, first: int, backend: Backend | None
+    ) -> Iterator[tuple[_codes.Coded, Tensor]]:
         """Some rows at a time, which are in cache when they are written; random numbers are by row, not by append."""
         step = max(1, _AT_ONCE // self.width)
         for begin in range(0, len(rows), step):
             number = first + begin if self._manifest.unbiased else None
-            yield _codes.encode(rows[begin : begin + step], self.dtype, self._manifest.block, number)
+            part = rows[begin : begin + step]
+            yield _codes.encode(part, self.dtype, self._manifest.block, number, backend)
 
     def flush(self) -> None:
         """Write what was appended as a new shard.
