@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,19 +17,24 @@ def randn(
     return numbers.to(torch.get_default_device() if device is None else device)
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """`|actual - exact| / |exact|` in float64, in the Frobenius norm; 0 where both are zero or empty."""
-    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
-    if actual.shape != exact.shape:
-        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
-    difference, scale = (actual - exact).norm().item(), exact.norm().item()
+def relative_error(actual: Tensor, exact: Tensor | np.ndarray) -> float:
+    """`|actual - exact| / |exact|` in the Frobenius norm; 0 where both are zero or empty.
+
+    In float64, or in the precision of an array, which may be higher: `numpy.longdouble`.
+    """
+    found = actual.detach().double().cpu().numpy()
+    right = exact.detach().double().cpu().numpy() if isinstance(exact, Tensor) else exact
+    if found.shape != right.shape:
+        raise AssertionError(f"shapes differ: {found.shape} and {right.shape}")
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference, scale = (float(np.linalg.norm(x.ravel())) for x in (found - right, right))
     return difference / scale if scale > 0 else difference
 
 
 def assert_as_exact_as(
     name: str,
     actual: Tensor,
-    exact: Tensor,
+    exact: Tensor | np.ndarray,
     eager: Tensor,
     *,
     factor: float = 2.0,
@@ -39,7 +45,7 @@ def assert_as_exact_as(
     Args:
         name: what the tensor is, for the message.
         actual: the kernel's result.
-        exact: the reference's, in float64.
+        exact: the reference's, in float64, or what is more exact than that.
         eager: the same formula in PyTorch in the dtype of the result.
         factor: how many times eager's error is accepted.
         floor: the error that is accepted whatever eager's; by default 4 units in the last place of `actual`.

@@ -12,7 +12,8 @@ struct Block {
   static constexpr int kVectors = 2;
   static constexpr int kRows = UK_BITS == 512 ? 14 : 6;
   static constexpr int kCols = kVectors * kLanes<Sum<P>>;
-  static constexpr int kDepth = UK_BITS == 512 ? 192 : 256;
+  // Steps of a block. A pair of bf16 takes two additions, and no chain of them shall be longer for it.
+  static constexpr int kDepth = (UK_BITS == 512 ? 192 : 256) / (std::is_same_v<P, Bf16Pair> ? 2 : 1);
   static constexpr int kRowBlock = UK_BITS == 512 ? 112 : 96;
 };
 

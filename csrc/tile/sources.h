@@ -8,6 +8,17 @@
 //   template <class P> void prefetch(int64_t outer, int64_t k, int64_t depth) const, for a register tile of rows.
 namespace UK_ISA {
 
+// A step of `lanes` lanes of a strip of pairs, two rows zipped; zeros in the place of a second that is null.
+template <int kStrip>
+inline void zip_rows(const bf16* first, const bf16* second, int64_t stride, int64_t lanes, Bf16Pair* out) {
+  if (lanes >= kStrip && stride == 1 && second != nullptr) {
+    for (int i = 0; i < kStrip; ++i) out[i] = {first[i], second[i]};
+    return;
+  }
+  for (int i = 0; i < kStrip; ++i)
+    out[i] = {i < lanes ? first[i * stride] : bf16{}, i < lanes && second ? second[i * stride] : bf16{}};
+}
+
 // Dense memory of any input type in either orientation, widened while it is packed.
 struct Dense {
   uk::Operand m;
@@ -71,11 +82,10 @@ struct Dense {
         transpose<float, kStrip>(reinterpret_cast<const Bf16Pair*>(from), words, reinterpret_cast<float*>(out), pairs);
         continue;
       }
-      for (int64_t k = 0; k < steps; ++k)
-        for (int i = 0; i < kStrip; ++i) {
-          const bf16* x = from + i * at.outer_stride + 2 * k * at.depth_stride;
-          out[k * kStrip + i] = {i < lanes ? x[0] : bf16{}, i < lanes && k < pairs ? x[at.depth_stride] : bf16{}};
-        }
+      for (int64_t k = 0; k < steps; ++k) {
+        const bf16* x = from + 2 * k * at.depth_stride;
+        zip_rows<kStrip>(x, k < pairs ? x + at.depth_stride : nullptr, at.outer_stride, lanes, out + k * kStrip);
+      }
     }
   }
 

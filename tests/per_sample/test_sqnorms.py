@@ -128,29 +128,31 @@ def test_what_is_not_finite_stays_in_its_sample(method: str, value: float) -> No
     assert torch.equal(result[::2], clean[::2])
 
 
-def cancelling(tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+def cancelling(batch: int, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     """G = (I - Q Q^T) U + 1e-4 U with Q = orth(A): |A^T G| is 1e-4 of |A| |G|."""
-    a, u = randn(2, tokens, inputs), randn(2, tokens, outputs, dtype=torch.float64, seed=1)
+    a, u = randn(batch, tokens, inputs), randn(batch, tokens, outputs, dtype=torch.float64, seed=1)
     q = torch.linalg.qr(a.double()).Q
     return a, (u - q @ (q.mT @ u) + 1e-4 * u).float()
 
 
-@pytest.mark.parametrize(("size", "chosen"), [((512, 256, 256), "direct"), ((150, 100, 2500), "gram")])
+@pytest.mark.parametrize(("size", "chosen"), [((16, 512, 256, 256), "direct"), ((2, 150, 100, 2500), "gram")])
 def test_auto_keeps_its_digits_where_the_gram_form_cancels(size: tuple[int, int, int], chosen: str) -> None:
     a, g = cancelling(*size)
     assert linear.explain(a, g).method == chosen
     exact = by_autograd(a, g, False)
 
     def error(norms: Tensor) -> float:
-        return ((norms - exact) / exact).abs().max().item()
+        """In the root mean square: a norm errs by its gradient's error along the gradient, by chance almost none."""
+        return ((norms - exact) / exact).square().mean().sqrt().item()
 
+    in_eager = error(reference(a, g, False, 0))
     assert error(linear.sqnorms(a, g, method="gram")) > 1e-3
-    assert error(linear.sqnorms(a, g)) <= (1e-6 if chosen == "gram" else 1e-5)
-    assert error(linear.sqnorms(a, g, method="direct")) <= 2 * error(reference(a, g, False, 0))
+    assert error(linear.sqnorms(a, g)) <= (1e-6 if chosen == "gram" else 2 * in_eager)
+    assert error(linear.sqnorms(a, g, method="direct")) <= 2 * in_eager
 
 
 def test_auto_redoes_only_the_sample_that_cancels() -> None:
-    a, g = cancelling(150, 100, 2500)
+    a, g = cancelling(2, 150, 100, 2500)
     g[0] = randn(150, 2500, seed=2)
     auto, gram = linear.sqnorms(a, g), linear.sqnorms(a, g, method="gram")
     assert auto[0] == gram[0]

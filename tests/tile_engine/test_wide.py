@@ -88,6 +88,12 @@ def test_matmul_in_pairs_of_bf16(engine: ctypes.CDLL, size: tuple[int, int, int]
     assert torch.equal(matmul(engine, x, y, pairs=True), matmul(engine, a, b, pairs=True))
 
 
+def test_pairs_round_no_more_than_single_steps(engine: ctypes.CDLL) -> None:
+    x = randn(20, 1000, dtype=torch.bfloat16)  # sums of squares: roundings of one sign
+    pairs, steps = (matmul(engine, x, x, pairs=pairs).diagonal() for pairs in (True, False))
+    assert_as_exact_as("squares", pairs, x.double().square().sum(1), steps, floor=0)
+
+
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.parametrize("method", [0, 1, 3])
 @pytest.mark.parametrize("size", [(5, 7, 3), (33, 65, 15), (200, 17, 130)], ids=str)

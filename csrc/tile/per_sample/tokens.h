@@ -15,6 +15,8 @@ struct Tokens {
   Operand sample(int64_t i) const {
     return Operand{data, strides[1], strides[2], dtype}.from(i * strides[0]);
   }
+  // Token n of all samples' tokens.
+  Operand token(int64_t n) const { return sample(n / tokens).from(n % tokens * strides[1]); }
   // Whether one stride leads through all tokens of all samples.
   bool folds() const { return tokens == 1 || batch <= 1 || strides[0] == tokens * strides[1]; }
   Operand folded() const { return {data, tokens == 1 ? strides[0] : strides[1], strides[2], dtype}; }
