@@ -15,6 +15,7 @@ from unlearn_kernels import _env
 Backend = Literal["reference", "cpp", "triton", "cuda"]
 BACKENDS: Final[tuple[str, ...]] = get_args(Backend)
 FLOATS: Final = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+UP_TO_SINGLE: Final = (torch.float32, torch.bfloat16, torch.float16)
 # CUDA C++ runs where it is asked for, until it has been measured against Triton on a device.
 _DEFAULTS: Final = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
 
@@ -52,7 +53,7 @@ class Impl:
 
 @dataclass(frozen=True)
 class Operator:
-    """A row of the operator table. `formula` and `family` are what the documentation shows."""
+    """A row of the operator table, if registered. `formula` and `family` are what the documentation shows."""
 
     name: str
     family: str
@@ -104,15 +105,20 @@ def use_backend(name: Backend) -> Iterator[None]:
         _Selection.name = before
 
 
-def select(operator: str, backend: str | None, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """The implementation of `operator` that will run on `tensors`.
+def requested(backend: str | None) -> str | None:
+    """What a call with this argument asks for, or None: the default, which may fall back."""
+    return backend if backend is not None else _Selection.name
+
+
+def select(operator: str | Operator, backend: str | None, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The implementation of `operator`, or of the one of that name, that will run on `tensors`.
 
     Raises:
         ValueError: if `backend` is no backend.
         BackendError: if the backend that was asked for cannot run; says what would.
     """
-    impls = REGISTRY[operator].impls
-    asked = backend if backend is not None else _Selection.name
+    operator = REGISTRY[operator] if isinstance(operator, str) else operator
+    impls, asked = operator.impls, requested(backend)
     if asked is not None:
         _checked(asked, "backend")
         problem = impls[asked].problem(tensors) if asked in impls else "it has no such implementation"
@@ -122,20 +128,20 @@ def select(operator: str, backend: str | None, tensors: Sequence[Tensor]) -> Cal
     for name in _DEFAULTS.get(tensors[0].device.type if tensors else "cpu", ("reference",)):
         if name in impls and impls[name].problem(tensors) is None:
             if name == "reference":
-                _warn_slow(operator, impls, tensors)
+                _warn_slow(operator.name, impls, tensors)
             return impls[name].call
     raise BackendError(_refusal(operator, "default", "no implementation takes these tensors", tensors))
 
 
-def _refusal(operator: str, asked: str, problem: str, tensors: Sequence[Tensor]) -> str:
-    works = [name for name, impl in REGISTRY[operator].impls.items() if impl.problem(tensors) is None]
+def _refusal(operator: Operator, asked: str, problem: str, tensors: Sequence[Tensor]) -> str:
+    works = [name for name, impl in operator.impls.items() if impl.problem(tensors) is None]
     advice = (
         f"Pass backend={works[0]!r} or name no backend."
         if works
         else "Move the tensors or change their dtype."
     )
     return (
-        f"{operator}: backend {asked!r} was requested but {problem}. "
+        f"{operator.name}: backend {asked!r} was requested but {problem}. "
         f"Available here: {', '.join(works) or 'none'}. {advice}"
     )
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unlearn_kernels import BackendError
 from unlearn_kernels.influence import (
     Ends,
     Found,
@@ -89,6 +90,12 @@ def check_changes() -> None:
     store.delete([10 * rank] if rank else [])
     assert many.ids().tolist() == [10 * r + n for r in range(world) for n in range(4) if r == 0 or n]
     queries = randn(2, WIDTH)
+    plain = many.topk(queries, 3, backend="reference")
+    assert relative_error(plain.values, many.topk(queries, 3).values) < 1e-6
+    with pytest.raises(BackendError, match="scan_rows: backend 'cuda' was requested"):
+        many.ends(queries, 3, backend="cuda")
+    with pytest.raises(BackendError, match="products: backend 'cuda' was requested"):
+        many.scores(queries, backend="cuda")
     assert many.topk(queries, 4 + 3 * (world - 1)).ids.sort().values[0].tolist() == many.ids().tolist()
     if rank == 1:
         with pytest.MonkeyPatch.context() as patch:

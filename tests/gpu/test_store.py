@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearn_kernels import _loader
+from unlearn_kernels import BackendError, _loader
 from unlearn_kernels.influence import GradientStore, _streaming
 from unlearn_kernels.influence._codes import Format
 from unlearn_kernels.testing import randn
@@ -64,3 +64,16 @@ def test_preconditioners_and_deletion(tmp_path: Path, device: str) -> None:
     for P in (matrix, matrix.to(device), lambda q: 2 * q):
         assert torch.equal(store.topk(queries.to(device), 7, preconditioner=P).ids, expected.ids)
     assert store.delete(expected.ids[0].to(device)) == 7
+
+
+@ALL
+def test_backends(tmp_path: Path, dtype: Format, device: str) -> None:
+    store, kernels = filled(tmp_path, dtype, randn(500, 40)), "cpp" if device == "cpu" else "triton"
+    queries = randn(12, 40, seed=1).to(device)
+    found, asked = store.topk(queries, 7), store.topk(queries, 7, backend=kernels)
+    assert all(torch.equal(a, b) for a, b in zip(found, asked, strict=True))
+    plain = store.topk(queries, 7, backend="reference")
+    torch.testing.assert_close(plain.values, found.values, rtol=1e-5, atol=1e-4)
+    for other in {"cpp", "triton"} - {kernels}:
+        with pytest.raises(BackendError, match=f"backend '{other}' was requested"):
+            store.topk(queries, 7, backend=other)

@@ -41,8 +41,11 @@ def test_errors() -> None:
     ):
         p.project_rows(torch.zeros(3, 2, 7), torch.tensor([1, 5]))
     for width in (100, 128):
-        with pytest.raises(ValueError, match=r"rows must be different numbers, got \[3, 3\]"):
+        with pytest.raises(ValueError, match="rows must be different numbers, got 3 at 0 and at 1"):
             Projection(10 * width, 4).project_rows(torch.ones(1, 2, width), torch.tensor([3, 3]))
+    many = torch.arange(50_000) % 49_990
+    with pytest.raises(ValueError, match=r"rows must be different numbers, got 0 at 0 and at 49990$"):
+        Projection(50_000, 4).project_rows(torch.zeros(1, 50_000, 1), many)
     with pytest.raises(ValueError, match=r"rows must be in \[0, 10\), got 1 to 10"):
         p.project_rows(g, torch.tensor([1, 10]))
     with pytest.raises(ValueError, match="rows must have 2 elements, got 1"):

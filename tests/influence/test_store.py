@@ -1,40 +1,19 @@
-"""The store against what was put into it: every format, deletion, damage, a writer that is killed."""
+"""The store against what was put into it: every format, searches, deletion."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from unlearn_kernels._files import Growing, write
+from tests.influence.stores import FORMATS, filled, sharded, stored
 from unlearn_kernels._loader import have_C
-from unlearn_kernels.influence import GradientStore, StoreError, _scan, merge
+from unlearn_kernels.influence import GradientStore, _scan, merge
 from unlearn_kernels.influence._codes import decode, encode
-from unlearn_kernels.influence._shards import Manifest
+from unlearn_kernels.influence._found import Found
 from unlearn_kernels.testing import at_threads, randn, relative_error
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")
 ALL = pytest.mark.parametrize("dtype", FORMATS)
-
-
-def filled(path: Path, dtype: str, rows: torch.Tensor, parts: int = 3, **more) -> GradientStore:
-    store = GradientStore.create(path / "store", rows.shape[1], dtype, **more)
-    for part in rows.tensor_split(parts):
-        store.append(part)
-        store.flush()
-    return store
-
-
-def stored(store: GradientStore) -> torch.Tensor:
-    return torch.cat([rows for _, rows in store.blocks(100)])
 
 
 @ALL
@@ -158,6 +137,18 @@ def test_scores_self_influence_and_preconditioner(tmp_path: Path, dtype: str) ->
 
 
 @ALL
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_self_influence_of_rows_whose_squares_are_no_float32(
+    tmp_path: Path, dtype: str, scale: float
+) -> None:
+    store = filled(tmp_path, dtype, randn(90, 40) * scale)
+    kept, matrix = stored(store).double(), randn(40, 40, seed=2) / 6
+    for preconditioner in (matrix, matrix.double(), lambda q: q @ matrix):
+        expected = ((kept @ matrix.double()) * kept).sum(1)
+        assert relative_error(store.self_influence(preconditioner), expected) < 1e-6
+
+
+@ALL
 def test_deletion_and_compaction(tmp_path: Path, dtype: str) -> None:
     rows, queries = randn(120, 24), randn(4, 24, seed=1)
     store = GradientStore.create(tmp_path / "store", 24, dtype)
@@ -207,103 +198,63 @@ def test_ids_of_rows_that_are_gone_are_not_given_again(tmp_path: Path) -> None:
         assert store.ids().tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12]
 
 
-def test_a_reader_that_comes_while_shards_are_compacted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_numbers_go_on_from_ids_that_were_given(tmp_path: Path) -> None:
+    store = sharded(tmp_path, 2)
+    store.append(randn(1, 4), [4])
+    store.append(randn(2, 4))
+    assert store.delete([4]) == 1
+    store.close()
+    with GradientStore.open(tmp_path, write=True) as again:
+        again.append(randn(1, 4))
+        again.flush()
+        assert again.ids().tolist() == [0, 1, 5, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("few", [0, 1000])
+def test_search_among_many_deleted_rows(
+    tmp_path: Path, dtype: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = filled(tmp_path, "float32", randn(10, 4))
-    before = Manifest.read(store.path)
-    store.delete([3])
-    store.compact()
-    after = Manifest.read(store.path)
-    known = iter([before, before, after, after])
-    monkeypatch.setattr(Manifest, "read", staticmethod(lambda folder: next(known)))
-    assert GradientStore.open(store.path).ids().tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    monkeypatch.setattr(_scan, "_FEW", few)
+    rows = torch.cat([randn(40, 33)] * 5)  # with ties
+    left = torch.arange(0, 200, 3)
+    thinned, plain = (GradientStore.create(tmp_path / name, 33, dtype) for name in ("thinned", "plain"))
+    thinned.append(rows)
+    thinned.delete(torch.tensor([i for i in range(200) if i % 3]))
+    plain.append(rows[left], left)
+    plain.flush()
+    for count, k in ((1, 5), (20, 67)):
+        queries = randn(count, 33, seed=1)
+        for ours, expected in zip(thinned.ends(queries, k), plain.ends(queries, k), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    thinned.delete(left)
+    assert thinned.topk(randn(2, 33), 0).values.shape == (2, 0)
 
 
-def test_a_writer_clears_away_its_own_kind_only(tmp_path: Path) -> None:
-    store = filled(tmp_path, "float32", randn(3, 4), parts=1)
-    store.close()
-    path = store.path
-    for name in ("notes", "00000007", "00000008.tmp"):
-        (path / name).mkdir()
-    GradientStore.open(path, write=True).close()
-    assert sorted(x.name for x in path.iterdir() if x.is_dir()) == ["00000000", "notes"]
+def test_scores_that_scaling_makes_equal_are_ordered_as_in_one_shard(tmp_path: Path) -> None:
+    rows = randn(2000, 16) * 1e-22
+    one, many = (GradientStore.create(tmp_path / name, 16, "int8") for name in ("one", "many"))
+    one.append(rows)
+    one.flush()
+    for part in rows.split(500):
+        many.append(part)
+        many.flush()
+    queries = randn(20, 16, seed=1) * 1e-22
+    for ours, expected in zip(many.ends(queries, 50), one.ends(queries, 50), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def test_one_writer_many_readers(tmp_path: Path) -> None:
-    store = filled(tmp_path, "float32", randn(10, 4))
-    with pytest.raises(StoreError, match="open for writing elsewhere"):
-        GradientStore.open(tmp_path / "store", write=True)
-    reader = GradientStore.open(tmp_path / "store")
-    with pytest.raises(StoreError, match="not open for writing"):
-        reader.append(randn(1, 4))
-    store.append(randn(5, 4, seed=3))
-    assert len(GradientStore.open(tmp_path / "store")) == 10
-    store.close()
-    assert len(reader) == 10
-    reader.refresh()
-    assert len(reader) == 15
-    with GradientStore.open(tmp_path / "store", write=True) as again:
-        x = randn(2, 4)
-        again.append(x)
-        x.zero_()
-    assert len(GradientStore.open(tmp_path / "store")) == 17
-    assert stored(again)[-2:].abs().max() > 0
-
-
-@contextmanager
-def full_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> Iterator[None]:
-    """Files of this name take 100 bytes."""
-    whole = Growing.add
-
-    def full(self: Growing, chunk: object) -> None:
-        if Path(self._file.name).name != file:
-            return whole(self, chunk)
-        whole(self, bytes(chunk)[:100])
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Growing, "add", full)
-        yield
-
-
-@pytest.mark.parametrize("file", ["rows.bin", "scales.bin"])
-def test_rows_that_cannot_be_written_leave_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
-    """A disk that is full in the middle of a batch: what came before is whole, what comes after, too."""
-    rows = randn(30, 64)
-    store = GradientStore.create(tmp_path / "store", 64, "int8")
-    store.append(rows[:10])
-
-    with full_disk(monkeypatch, file), pytest.raises(OSError, match="No space left"):
-        store.append(rows[10:20])
-    store.append(rows[20:])
-    store.close()
-    store = GradientStore.open(tmp_path / "store")
-    store.verify()
-    assert torch.equal(store.ids(), torch.arange(20))
-    kept = torch.cat([rows[:10], rows[20:]])
-    assert (stored(store) - kept).abs().max() <= 1.0001 * 0.5 / 127 * kept.abs().max()
-
-
-@pytest.mark.parametrize("file", ["ids.bin", "sqnorms.bin", "manifest.json.tmp"])
-@pytest.mark.parametrize("go_on", [True, False])
-def test_a_flush_that_failed_can_be_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, go_on: bool
-) -> None:
-    rows = randn(30, 64)
-    store = GradientStore.create(tmp_path / "store", 64, "float32")
-    store.append(rows[:20])
-    with full_disk(monkeypatch, file), pytest.raises(OSError, match="No space left"):
-        store.flush()
-    if go_on:
-        store.append(rows[20:])
-    store.close()
-    store = GradientStore.open(tmp_path / "store")
-    store.verify()
-    assert torch.equal(stored(store), rows if go_on else rows[:20])
-    assert torch.equal(store.ids(), torch.arange(len(store)))
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scores_in_any_order_are_merged(parts: int) -> None:
+    values = randn(2, 12)
+    values[:, 7] = values[:, 2]
+    numbers = torch.arange(12).expand(2, 12)
+    found = merge(
+        [Found(*x) for x in zip(*(t.chunk(parts, 1) for t in (values, numbers, numbers)), strict=True)], 5
+    )
+    best = values.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found.values, best.values[:, :5])
+    assert torch.equal(found.ids, best.indices[:, :5])
 
 
 @pytest.mark.parametrize("width", [1, 32, 33, 300])
@@ -363,75 +314,6 @@ def test_few_queries_have_the_scores_of_many(nibbles: bool, width: int, block: i
         assert torch.equal(few[1], indices[:, begin:end])
     part = scan(codes[:1], ones[:1], rows[:11], scales[:11].contiguous(), block, 11, nibbles, 1)[0]
     assert all(value in values[0, 0] for value in part.flatten())
-
-
-def test_large_rows_are_synchronised_in_parts(tmp_path: Path) -> None:
-    path, content = tmp_path / "file", bytes(range(256)) * (3 << 17)
-    assert write(path, content[: 1 << 26], content[1 << 26 :]) == [len(content), zlib.crc32(content)]
-    assert path.read_bytes() == content
-
-
-WRITER = """
-    import sys, torch
-    from unlearn_kernels.influence import GradientStore
-    store = GradientStore.create(sys.argv[1], 64, "int8")
-    n = 0
-    while True:
-        store.append(torch.full((100, 64), float(n + 1)), torch.arange(100 * n, 100 * n + 100))
-        store.flush()
-        n += 1
-        print(n, flush=True)
-"""
-
-
-def test_a_killed_writer_loses_only_what_was_not_flushed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path / "store")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    flushed = [int(process.stdout.readline()) for _ in range(7)][-1]
-    os.kill(process.pid, signal.SIGKILL)
-    flushed = max([flushed, *map(int, process.stdout.read().split())])
-    process.wait()
-    (tmp_path / "store" / "99999999.tmp").mkdir()
-    (tmp_path / "store" / "99999998").mkdir()
-    with GradientStore.open(tmp_path / "store", write=True) as store:
-        assert len(store) in (100 * flushed, 100 * flushed + 100)
-        store.verify()
-        assert torch.equal(store.ids(), torch.arange(len(store)))
-        assert relative_error(stored(store)[:, 0], torch.arange(len(store)) // 100 + 1) < 1e-6
-        store.append(torch.ones(1, 64))
-    assert not list((tmp_path / "store").glob("9999999*"))
-    assert len(GradientStore.open(tmp_path / "store")) % 100 == 1
-
-
-def test_damage_is_named(tmp_path: Path) -> None:
-    filled(tmp_path, "int8", randn(30, 16)).close()
-    folder = tmp_path / "store"
-    path = folder / "00000001" / "rows.bin"
-    data = path.read_bytes()
-    path.write_bytes(data[:-1])
-    with pytest.raises(StoreError, match=r"rows.bin is truncated or foreign: 159 bytes, 160 expected"):
-        GradientStore.open(folder)
-    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(StoreError, match=r"rows.bin is damaged: its checksum is wrong"):
-        GradientStore.open(folder).verify()
-    path.unlink()
-    with pytest.raises(StoreError, match=r"rows.bin is missing"):
-        GradientStore.open(folder)
-    manifest = folder / "manifest.json"
-    record = json.loads(manifest.read_text())
-    record["store"]["width"] = 17
-    for text, message in (
-        (json.dumps(record), "manifest.json is damaged: its checksum is wrong"),
-        ("{", "is not the manifest of a gradient store"),
-        ('{"store": {"format": "other"}, "crc32": 0}', "format 'other'"),
-        ("[]", "is not the manifest of a gradient store"),
-    ):
-        manifest.write_text(text)
-        with pytest.raises(StoreError, match=message):
-            GradientStore.open(folder)
-    with pytest.raises(StoreError, match=r"is no gradient store: it has no manifest\.json"):
-        GradientStore.open(tmp_path)
 
 
 def test_argument_errors(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
-from unlearn_kernels._backends import FLOATS, select
+from unlearn_kernels._backends import FLOATS, Backend, select
 from unlearn_kernels.reference import influence_rows as reference
 from unlearn_kernels.reference.influence import integers
 
@@ -64,13 +64,15 @@ _ops.register_operator(
 )
 
 
-def _kernel(x: Tensor) -> tuple[Callable[..., Any], Tensor]:
+def _kernel(x: Tensor, backend: Backend | None) -> tuple[Callable[..., Any], Tensor]:
     here = x if x.device.type in ("cpu", "cuda") else x.cpu()
     made = here if here.dtype in FLOATS else here.float()
-    return select("encode_rows", None, (made,)), made
+    return select("encode_rows", backend, (made,)), made
 
 
-def encode(x: Tensor, name: str, block: int, first: int | None = None) -> tuple[Coded, Tensor]:
+def encode(
+    x: Tensor, name: str, block: int, first: int | None = None, backend: Backend | None = None
+) -> tuple[Coded, Tensor]:
     """Rows (n, D) in a format, and their squared norms (n,) float64, on the CPU.
 
     `int8` is a byte of `trunc(x * (1 / s) + (128 + u))`, each step in float32, s the greatest magnitude of the block
@@ -81,7 +83,7 @@ def encode(x: Tensor, name: str, block: int, first: int | None = None) -> tuple[
     Raises:
         ValueError: if a row that is to be an integer is not finite.
     """
-    call, made = _kernel(x)
+    call, made = _kernel(x, backend)
     same = made.dtype == _TYPES.get(_BITS[name])
     rows, scales, sqnorms = call(made, 0 if same else _BITS[name], block, first is not None, 0, first or 0)
     if math.isnan(float(scales.sum())):  # finite ones may add up to infinity
@@ -97,9 +99,9 @@ def decode(coded: Coded, name: str, width: int, block: int) -> Tensor:
     return values * coded.scales.repeat_interleave(block, dim=1)[:, :width]
 
 
-def squared_norms(x: Tensor) -> Tensor:
+def squared_norms(x: Tensor, backend: Backend | None = None) -> Tensor:
     """Of the rows (n, D), (n,) float64."""
-    call, made = _kernel(x.detach())
+    call, made = _kernel(x.detach(), backend)
     sqnorms: Tensor = call(made, 0, 2, False, 0, 0)[2]
     return sqnorms
 

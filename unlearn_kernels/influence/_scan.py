@@ -1,11 +1,13 @@
 """One shard of a store against queries."""
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
+from unlearn_kernels._backends import UP_TO_SINGLE, Backend, Impl, Operator, requested, select
 from unlearn_kernels._loader import have_C
 from unlearn_kernels.influence import _codes
 from unlearn_kernels.influence._shards import Manifest, Shard
@@ -43,33 +45,65 @@ _ops.register_operator(
 )
 if have_C:
     _ops.register_raw("scan_rows", _fake_rows, _ops.launcher("influence", "scan_rows"))
+# A part of stores alone: what it does for a matrix is `topk`'s.
+_SCAN_ROWS: Final = Operator(
+    "scan_rows",
+    "influence",
+    "k best and k worst of queries rows^T",
+    {
+        "cpp": Impl("cpp", _ops.raw("scan_rows"), ("cpu",), UP_TO_SINGLE, _ops.no_extension),
+        "reference": Impl("reference", reference.scan_rows, ("cpu", "cuda")),
+        "triton": Impl("triton", _ops.raw("scan_rows"), ("cuda",), UP_TO_SINGLE, _ops.no_triton_kernels),
+    },
+)
+_FORMULAS: Final = (reference.scan_rows, reference.scan_codes)
 
 
-def products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Inner products (Q, n), float32, with the same bits whatever rows and queries are beside one, at any thread count.
+def _as_gradient(queries: Tensor, rows: Tensor) -> Tensor:
+    """The product behind a linear layer's gradient; torch's own has other bits for other shapes."""
+    product: Tensor = _ops.raw("linear_grads")(rows.T[None], queries.T[None], False)[0][0]
+    return product
 
-    It is the product behind a linear layer's gradient; torch's own has other bits for other shapes.
+
+_PRODUCTS: Final = Operator(
+    "products",
+    "influence",
+    "queries rows^T",
+    {
+        "cpp": Impl("cpp", _as_gradient, ("cpu",), reason_unavailable=_ops.no_extension),
+        "reference": Impl("reference", lambda queries, rows: queries @ rows.T, ("cpu",)),
+    },
+)
+
+
+def products(queries: Tensor, rows: Tensor, backend: Backend | None = None) -> Tensor:
+    """Inner products (Q, n) of tensors on the CPU, in their type.
+
+    By the kernel with the same bits whatever rows and queries are beside one, at any thread count.
     """
-    if not have_C:
-        return queries @ rows.T
-    return _ops.raw("linear_grads")(rows.T[None], queries.T[None], False)[0][0]
+    product: Tensor = select(_PRODUCTS, backend, (queries, rows))(queries, rows)
+    return product
 
 
 class Scanned(NamedTuple):
-    """Queries as rows of a store are multiplied by them, on the device where that is done, and scales (Q,)."""
+    """Queries as rows of a store are multiplied by them, on the device where that is done, scales (Q,), and by what."""
 
     queries: Tensor
     scales: Tensor
+    scan: Callable[..., tuple[Tensor, Tensor]]
 
 
-def scanned_by(queries: Tensor, manifest: Manifest) -> Scanned:
-    """Queries (Q, D) for a store: on their CUDA device if kernels run there, otherwise on the CPU."""
-    here = queries if queries.is_cuda and _ops.no_triton_kernels() is None else queries.cpu()
-    if _codes.is_coded(manifest.dtype) and have_C:
-        return Scanned(*_codes.query_codes(here))
+def scanned_by(queries: Tensor, manifest: Manifest, backend: Backend | None) -> Scanned:
+    """Queries (Q, D) for a store: on their CUDA device if kernels run there or one is asked for, else on the CPU."""
+    there = queries.is_cuda and (requested(backend) is not None or _ops.no_triton_kernels() is None)
+    here = queries if there else queries.cpu()
+    if _codes.is_coded(manifest.dtype):
+        codes, scales = _codes.query_codes(here)
+        return Scanned(codes, scales, select("scan_codes", backend, (codes,)))
     # Rounded as rows are, for products of one type.
-    dtype = torch.bfloat16 if manifest.dtype == "bfloat16" and have_C else torch.float32
-    return Scanned(here.to(dtype), here.new_ones(len(here), dtype=torch.float32))
+    rounded = here.to(torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32)
+    scales = here.new_ones(len(here), dtype=torch.float32)
+    return Scanned(rounded, scales, select(_SCAN_ROWS, backend, (rounded,)))
 
 
 def scan_shard(shard: Shard, of: Scanned, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:
@@ -90,13 +124,12 @@ def scan_shard(shard: Shard, of: Scanned, k: int, ends: int) -> list[tuple[Tenso
 
 def _found(shard: Shard, of: Scanned, k: int, ends: int, kept: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """The k best of the rows of a shard, or of those that are kept, by their number among them."""
-    if not have_C:
-        rows = shard.decoded(slice(None) if kept is None else kept).to(of.queries.device)
-        return [reference.topk(of.queries, rows, k, end == 1) for end in _ends(ends)]
     manifest, best = shard.manifest, None
     how = (manifest.block, manifest.dtype == "int4")
+    if kept is None and of.scan in _FORMULAS:  # a block at a time: they have every score in memory
+        kept = torch.arange(shard.info.rows)
     for first, (rows, scales) in blocks_on((shard.rows, shard.scales), of.queries.device, kept):
-        values, indices = _scan(of.queries, rows, scales, min(k, len(rows)), ends, *how)
+        values, indices = _scan(of, rows, scales, min(k, len(rows)), ends, *how)
         found = (values, indices + first if first else indices)
         best = found if best is None else _best(best, found, k, ends)
     assert best is not None
@@ -104,15 +137,12 @@ def _found(shard: Shard, of: Scanned, k: int, ends: int, kept: Tensor | None) ->
 
 
 def _scan(
-    queries: Tensor, rows: Tensor, scales: Tensor, k: int, ends: int, block: int, nibbles: bool
+    of: Scanned, rows: Tensor, scales: Tensor, k: int, ends: int, block: int, nibbles: bool
 ) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor]
-    if queries.is_floating_point():
-        found = _ops.raw("scan_rows")(queries, rows, k, ends)
-    else:
-        ones = scales.new_ones(len(queries))
-        found = _ops.raw("scan_codes")(queries, ones, rows, scales, block, k, nibbles, ends)
-    return found
+    if of.queries.is_floating_point():
+        return of.scan(of.queries, rows, k, ends)
+    ones = scales.new_ones(len(of.queries))
+    return of.scan(of.queries, ones, rows, scales, block, k, nibbles, ends)
 
 
 def _best(

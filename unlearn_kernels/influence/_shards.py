@@ -195,11 +195,12 @@ class Shard:
         """Rows that are not deleted, counted without those that are."""
         return rows if self.info.deleted_rows == 0 else torch.searchsorted(self.kept, rows)
 
-    def metadata(self) -> list[Any]:
-        """What was given with each row, or None."""
+    def metadata(self, rows: Tensor) -> list[Any]:
+        """What was given with each of these rows, or None."""
         if self._notes is None:
-            return [None] * self.info.rows
-        return list(json.loads(bytes(self._notes.numpy())))
+            return [None] * len(rows)
+        notes = json.loads(bytes(self._notes.numpy()))
+        return [notes[row] for row in rows.tolist()]
 
     def decoded(self, rows: slice | Tensor) -> Tensor:
         """Rows as float32."""

@@ -1,13 +1,14 @@
 r"""DataInf: influence with the average of the inverses of `g_i g_i^T + \lambda I` for the inverse of their average."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
+from unlearn_kernels._backends import UP_TO_SINGLE, Backend, Impl, Operator, requested, select
 from unlearn_kernels.influence import (
     _codes,
     _curvature_ops,  # noqa: F401  registers the operator
@@ -18,9 +19,9 @@ _QUERIES: Final = 16  # up to which the kernel that reads rows once beats three 
 _LOST: Final = 2e-4  # of a score, by rounding to float32
 
 
-def squared_norms(rows: Sequence[Tensor]) -> Tensor:
+def squared_norms(rows: Sequence[Tensor], *, backend: Backend | None = None) -> Tensor:
     """Return squared norms of the rows of each layer, (L, n) float64: what `datainf` takes and a store caches."""
-    return torch.stack([_codes.squared_norms(g) for g in rows])
+    return torch.stack([_codes.squared_norms(g, backend) for g in rows])
 
 
 def datainf_damping(rows: Sequence[Tensor], norms: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ def datainf(
     *,
     norms: Tensor | None = None,
     damping: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     r"""Influence of n samples on Q queries, the sum over layers l of
 
@@ -59,6 +61,7 @@ def datainf(
         norms: squared norms of the rows, (L, n), from `squared_norms`; None: computed here.
         damping: `\lambda`, (L,), positive; None: `datainf_damping`. A layer whose gradients are all zero may have 0: it
             adds nothing.
+        backend: see `unlearn_kernels.use_backend`. The kernel is `cpp`, the products are `reference`.
 
     Returns:
         (Q, n) float64. Every layer's rows are read from memory once where a layer fits in the last cache, for up to 16
@@ -67,6 +70,7 @@ def datainf(
 
     Raises:
         ValueError: if shapes do not fit, a damping is not positive, or a norm is not finite.
+        BackendError: if `backend` cannot run.
 
     Scratch: `4 B * Q * d_l`, at least `4 KB * Q` a thread, and `8 B * Q n * d_l / 1024`; in float64 32 MB, or
     `2 KB * (n + Q)`, of rows and queries.
@@ -74,7 +78,8 @@ def datainf(
     Source: Kwon et al. 2024, arXiv 2310.00902 (DataInf).
     """
     _check(rows, queries)
-    norms = squared_norms(rows) if norms is None else norms
+    call = _chosen(rows, queries, backend)
+    norms = squared_norms(rows, backend=backend) if norms is None else norms
     layers, n = len(rows), rows[0].shape[0]
     if norms.shape != (layers, n):
         raise ValueError(f"norms must have shape ({layers}, {n}), got {tuple(norms.shape)}")
@@ -87,14 +92,40 @@ def datainf(
         return norms.new_zeros(len(queries[0]), n, dtype=torch.float64)
     rows, queries = [rows[layer] for layer in live], [queries[layer] for layer in live]
     wide = (norms[live].double().contiguous(), damping[live].double().contiguous())
-    on_cpu = rows[0].device.type == "cpu" and all(x.dtype != torch.float64 for x in (*rows, *queries))
-    if on_cpu and queries[0].shape[0] <= _QUERIES and _ops.no_extension() is None:
-        scores = _ops.raw("datainf_scores")(*([_floats(x) for x in xs] for xs in (rows, queries)), *wide)
-        lost = _cancelled(queries, *wide, scores)
-        if len(lost):
-            scores[lost] = curvature.datainf_scores(rows, [v[lost] for v in queries], *wide)
-        return scores
-    return curvature.datainf_scores(rows, queries, *wide)
+    scores: Tensor = call(rows, queries, *wide)
+    return scores
+
+
+def _in_one_pass(rows: list[Tensor], queries: list[Tensor], norms: Tensor, damping: Tensor) -> Tensor:
+    scores: Tensor = _ops.raw("datainf_scores")(
+        [_floats(g) for g in rows], [_floats(v) for v in queries], norms, damping
+    )
+    lost = _cancelled(queries, norms, damping, scores)
+    if len(lost):
+        scores[lost] = curvature.datainf_scores(rows, [v[lost] for v in queries], norms, damping)
+    return scores
+
+
+_DATAINF: Final = Operator(
+    "datainf",
+    "influence",
+    "sum_l (v g^T - v g^T / (n (damping + norms)) g g^T) / damping",
+    {
+        "cpp": Impl("cpp", _in_one_pass, ("cpu",), UP_TO_SINGLE, _ops.no_extension),
+        "reference": Impl("reference", curvature.datainf_scores, ("cpu", "cuda")),
+    },
+)
+
+
+def _chosen(
+    rows: Sequence[Tensor], queries: Sequence[Tensor], backend: Backend | None
+) -> Callable[..., Tensor]:
+    """By default the kernel where it beats three products, which run everywhere."""
+    tensors = (*rows, *queries)
+    fits = all(x.device.type == "cpu" and x.dtype in UP_TO_SINGLE for x in tensors)
+    if requested(backend) is None and not (fits and len(queries[0]) <= _QUERIES):
+        return curvature.datainf_scores
+    return select(_DATAINF, backend, tensors)
 
 
 def _cancelled(queries: list[Tensor], norms: Tensor, damping: Tensor, scores: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ def rotated_squares(
         )
     chosen = route or EKFAC.route(a.shape[1], a.shape[2], g.shape[2])
     if chosen == "factors":
-        rotated = _rotated(a.to(right.dtype), right), _rotated(g.to(left.dtype), left)
-        return select("squared_gradients", backend, rotated)(*rotated)
+        squared = select("squared_gradients", backend, (a, g))
+        return squared(_rotated(a.to(right.dtype), right, backend), _rotated(g.to(left.dtype), left, backend))
     new = torch.zeros(g.shape[2], a.shape[2], dtype=left.dtype, device=a.device)
     for a_n, g_n in zip(a, g, strict=True):
         rotated_n = left.T @ (g_n.to(left.dtype).T @ a_n.to(left.dtype)) @ right
@@ -140,11 +140,11 @@ def rotated_squares(
     return new
 
 
-def _rotated(x: Tensor, basis: Tensor) -> Tensor:
+def _rotated(x: Tensor, basis: Tensor, backend: Backend | None) -> Tensor:
     """(B, T, d) times (d, d)."""
     if x.device.type != "cpu" or not have_C:
         return x @ basis
-    return products(x.flatten(0, 1), basis.T).unflatten(0, x.shape[:2])
+    return products(x.flatten(0, 1), basis.T, backend).unflatten(0, x.shape[:2])
 
 
 class EKFAC:

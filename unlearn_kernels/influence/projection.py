@@ -266,8 +266,11 @@ class Projection:
         self._check_index("rows", rows, (self.dim - offset) // g.shape[2])
         if len(rows) != g.shape[1]:
             raise ValueError(f"rows must have {g.shape[1]} elements, got {len(rows)}")
-        if len(rows.unique()) != len(rows):
-            raise ValueError(f"rows must be different numbers, got {rows.tolist()}")
+        values, counts = rows.unique(return_counts=True)
+        if len(values) != len(rows):
+            twice = int(values[counts > 1][0])
+            first, second = (rows == twice).nonzero().flatten().tolist()[:2]
+            raise ValueError(f"rows must be different numbers, got {twice} at {first} and at {second}")
         if self.kind != "rademacher":
             return self._rows_by_parts(g.detach(), rows, offset, backend)
         flat, blocks = _blocked(g.detach(), rows.long(), offset)

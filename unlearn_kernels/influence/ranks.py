@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unlearn_kernels._backends import Backend
 from unlearn_kernels.influence._found import Ends, Found, merge
 from unlearn_kernels.influence.store import GradientStore, Preconditioner, Progress, StoreError
 
@@ -92,13 +93,15 @@ class RankedStore:
         *,
         preconditioner: Preconditioner | None = None,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the ids (N,) and scores (Q, N), float32, of all rows; `store.scores` yields this rank's in blocks.
 
         Raises:
             ValueError: if `queries` do not fit.
+            BackendError: if `backend`, see `unlearn_kernels.use_backend`, cannot run.
         """
-        found = self.store.scores(queries, preconditioner=preconditioner, progress=progress)
+        found = self.store.scores(queries, preconditioner=preconditioner, progress=progress, backend=backend)
         blocks = [torch.zeros(len(queries), 0), *(scores for _, scores in found)]
         return self.ids(), self._columns(torch.cat(blocks, dim=1))
 
@@ -110,6 +113,7 @@ class RankedStore:
         largest: bool = True,
         preconditioner: Preconditioner | None = None,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> Found:
         """Find the `k` best rows of all ranks for each query, as `GradientStore.topk`; row numbers count over ranks.
 
@@ -119,13 +123,15 @@ class RankedStore:
             largest: the largest scores, or the smallest.
             preconditioner: as of `GradientStore.topk`.
             progress: called with rows of this rank.
+            backend: as of `GradientStore.topk`.
 
         Raises:
             ValueError: if `queries` or `k` do not fit.
+            BackendError: if `backend` cannot run.
 
         Exchanged: `24 B * Q k` a rank.
         """
-        return self._merged(queries, k, 1 if largest else 2, preconditioner, progress)[0]
+        return self._merged(queries, k, 1 if largest else 2, preconditioner, progress, backend)[0]
 
     def ends(
         self,
@@ -134,9 +140,10 @@ class RankedStore:
         *,
         preconditioner: Preconditioner | None = None,
         progress: Progress | None = None,
+        backend: Backend | None = None,
     ) -> Ends:
         """Do what `topk` does for the largest and the smallest, in one scan and one exchange."""
-        return Ends(*self._merged(queries, k, 3, preconditioner, progress))
+        return Ends(*self._merged(queries, k, 3, preconditioner, progress, backend))
 
     def _merged(
         self,
@@ -145,12 +152,13 @@ class RankedStore:
         ends: int,
         preconditioner: Preconditioner | None,
         progress: Progress | None,
+        backend: Backend | None,
     ) -> list[Found]:
         self._count()
         if not 0 <= k <= len(self):
             raise ValueError(f"k must be between 0 and {len(self)} rows, got {k}")
         own = min(k, self.counts[self.rank])
-        found, scales = self.store.unscaled(queries, own, ends, preconditioner, progress)
+        found, scales = self.store.unscaled(queries, own, ends, preconditioner, progress, backend)
         kept = [min(k, n) for n in self.counts]
         first = sum(self.counts[: self.rank])
         # Values go as their bits, so that all is one exchange.

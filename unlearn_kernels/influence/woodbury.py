@@ -7,9 +7,20 @@ import torch
 from torch import Tensor
 
 from unlearn_kernels import _ops
+from unlearn_kernels._backends import Backend, Impl, Operator, select
 from unlearn_kernels.influence._residuals import relative
+from unlearn_kernels.reference import curvature
 
 _COLUMNS: Final = 1 << 16  # that are in float64 at once
+_UPDATE: Final = Operator(
+    "cholesky_update",
+    "influence",
+    "R^T R = U^T U +- x^T x",
+    {
+        "cpp": Impl("cpp", _ops.raw("cholesky_update"), ("cpu",), reason_unavailable=_ops.no_extension),
+        "reference": Impl("reference", curvature.cholesky_update, ("cpu",)),
+    },
+)
 
 
 class Solution(NamedTuple):
@@ -120,7 +131,7 @@ class Woodbury:
         """`H x`."""
         return self.total * x + self._combined(self._products(x))
 
-    def remove(self, index: Tensor | list[int]) -> None:
+    def remove(self, index: Tensor | list[int], *, backend: Backend | None = None) -> None:
         r"""Take rows away: the factor of `H - \sum_{i \in index} g_i g_i^T` from the one at hand.
 
         Deleting a row and column of the Gram matrix leaves a positive update of the factor's trailing block, so no
@@ -128,30 +139,41 @@ class Woodbury:
 
         Args:
             index: which rows, by their number at the beginning, integers; not one that is gone.
+            backend: as of `cholesky_update`.
 
         Raises:
             ValueError: if an index is no integer, out of range, given twice or gone.
+            BackendError: if `backend` cannot run.
         """
         given = torch.as_tensor(index, device=self.kept.device).flatten()
         if len(given) and (given.dtype == torch.bool or given.is_floating_point() or given.is_complex()):
             raise ValueError(f"index must be integers, got {given.dtype}")
         gone = given.long()
-        if len(gone.unique()) != len(gone) or not bool(torch.isin(gone, self.kept).all()):
-            raise ValueError(f"index must name different rows that are left, got {gone.tolist()}")
+        values, counts = gone.unique(return_counts=True)
+        bad = values[(counts > 1) | torch.isin(values, self.kept, invert=True)]
+        if len(bad):
+            raise ValueError(
+                f"index must name different rows that are left, got {int(bad[0])}, "
+                f"first of {len(bad)} that are gone or given twice"
+            )
         at = torch.searchsorted(self.kept, gone)
+        factor = self._factor
         for position in at.sort(descending=True).values.tolist():
-            self._delete(position)
+            factor = _without(factor, position, backend)
+        self._factor = factor
         keep = torch.ones(len(self.kept), dtype=torch.bool, device=self.kept.device)
         keep[at] = False
         self.kept = self.kept[keep]
 
-    def _delete(self, at: int) -> None:
-        factor = self._factor
-        tail, row = factor[at + 1 :, at + 1 :], factor[at, at + 1 :]
-        keep = torch.cat([torch.arange(at), torch.arange(at + 1, len(factor))]).to(factor.device)
-        self._factor = factor[keep][:, keep]
-        if len(row):
-            self._factor[at:, at:] = cholesky_update(tail.contiguous(), row.unsqueeze(0))
+
+def _without(factor: Tensor, at: int, backend: Backend | None) -> Tensor:
+    """The factor of a matrix of which a row and column are deleted."""
+    tail, row = factor[at + 1 :, at + 1 :], factor[at, at + 1 :]
+    keep = torch.cat([torch.arange(at), torch.arange(at + 1, len(factor))]).to(factor.device)
+    left = factor[keep][:, keep]
+    if len(row):
+        left[at:, at:] = cholesky_update(tail, row.unsqueeze(0), backend=backend)
+    return left
 
 
 def woodbury_solve(rows: Tensor, v: Tensor, damping: float) -> Solution:
@@ -171,19 +193,23 @@ def woodbury_solve(rows: Tensor, v: Tensor, damping: float) -> Solution:
     return Woodbury(rows, damping).solve(v)
 
 
-def cholesky_update(factor: Tensor, x: Tensor, *, downdate: bool = False) -> Tensor:
+def cholesky_update(
+    factor: Tensor, x: Tensor, *, downdate: bool = False, backend: Backend | None = None
+) -> Tensor:
     r"""Return the upper triangular `R` with `R^T R = U^T U + x^T x`, or minus, for `m n^2` multiply-adds.
 
     Args:
         factor: `U`, upper triangular, (n, n).
         x: the rows that are added or, with `downdate`, taken off, (m, n).
         downdate: takes them off, by hyperbolic rotations.
+        backend: see `unlearn_kernels.use_backend`; `reference` factors the sum anew.
 
     Returns:
         (n, n) float64, on the device of `factor`; the work is done on the CPU.
 
     Raises:
         ValueError: if shapes do not fit, or what is left is not positive definite.
+        BackendError: if `backend` cannot run.
 
     Source: Golub and Van Loan, Matrix Computations, 4th ed., section 6.5.
     """
@@ -191,8 +217,8 @@ def cholesky_update(factor: Tensor, x: Tensor, *, downdate: bool = False) -> Ten
         raise ValueError(
             f"factor and x must be (n, n) and (m, n), got {tuple(factor.shape)} and {tuple(x.shape)}"
         )
-    on_cpu = (t.detach().double().cpu().contiguous() for t in (factor, x))
-    updated, pivots = _ops.raw("cholesky_update")(*on_cpu, downdate)
+    on_cpu = tuple(t.detach().double().cpu().contiguous() for t in (factor, x))
+    updated, pivots = select(_UPDATE, backend, on_cpu)(*on_cpu, downdate)
     if pivots < len(factor):
         raise ValueError(f"factor must stay positive definite without x, pivot {pivots} is not positive")
     return updated.triu_().to(factor.device)

@@ -74,6 +74,12 @@ def topk(queries: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, 
     return values[:, :k].contiguous(), indices[:, :k].contiguous()
 
 
+def scan_rows(queries: Tensor, rows: Tensor, k: int, ends: int) -> tuple[Tensor, Tensor]:
+    """Return values and indices (ends, Q, k) of the largest and smallest of `queries rows^T`."""
+    values, indices = zip(*(topk(queries, rows, k, end == 1) for end in (1, 2) if ends & end), strict=True)
+    return torch.stack(values), torch.stack(indices)
+
+
 def integers(rows: Tensor, nibbles: bool, width: int) -> Tensor:
     """Return the integers of stored rows (N, bytes), (N, width) int16: bytes less 128, or nibbles less 8."""
     if not nibbles:
