@@ -123,11 +123,11 @@ def test_all_that_rounding_takes_away_counts() -> None:
     """Rows that round to one and the same, and what they lose lies along a query: the bound is reached."""
     if not screens_numbers():
         pytest.skip("no screen on this processor")
-    n, d, signs = 3000, 500, randn(30, 500, seed=1).sign()
+    n, signs = 3000, randn(30, 500, seed=1).sign()
     unit = 1.0 if torch.ops.unlearn_kernels.isa() == "avx512" else 127 / 2047
     level = torch.rand(n, 1, generator=torch.Generator().manual_seed(3))
     rows = 0.49 * unit * level * signs[torch.arange(n) % 30]
-    rows[:, ::250] = 127.0
+    rows[:, ::256] = 127.0  # of each block of columns
     exact = (signs.double() @ rows.double().T).sort(1, descending=True)
     for sign, end in ((1, 1), (-1, 2)):
         values, indices = torch.ops.unlearn_kernels.scan_rows(signs, sign * rows, 5, end)
