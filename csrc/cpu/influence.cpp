@@ -1,5 +1,4 @@
 #include <optional>
-#include <tuple>
 
 #include "cpu/common.h"
 
@@ -26,25 +25,8 @@ Tensor rademacher_project(const Tensor& g, int64_t k, int64_t seed, const std::o
   return out;
 }
 
-// queries (Q, D), rows (N, D), any strides -> values (Q, k) and indices (Q, k) of the best inner products.
-std::tuple<Tensor, Tensor> topk(const Tensor& queries, const Tensor& rows, int64_t k, bool largest) {
-  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2, "topk: queries and rows must have 2 dimensions, got ",
-                  queries.dim(), " and ", rows.dim());
-  STD_TORCH_CHECK(queries.size(1) == rows.size(1), "topk: queries and rows must have the same width, got ",
-                  queries.size(1), " and ", rows.size(1));
-  STD_TORCH_CHECK(result_type(queries) == result_type(rows), "topk: float64 cannot be mixed with other dtypes");
-  STD_TORCH_CHECK(0 <= k && k <= rows.size(0), "topk: k must be in [0, ", rows.size(0), "], got ", k);
-  Tensor values = torch::stable::new_empty(queries, {queries.size(0), k}, result_type(queries));
-  Tensor indices = torch::stable::new_empty(queries, {queries.size(0), k}, ScalarType::Long);
-  const TopK p{matrix(queries, "queries"), matrix(rows, "rows"), queries.size(0), rows.size(0), queries.size(1), k,
-               largest, values.mutable_data_ptr(), static_cast<int64_t*>(indices.mutable_data_ptr())};
-  kernels().influence.topk(p, pool_for(double(p.count) * double(p.size) * double(p.depth)));
-  return {values, indices};
-}
-
 STABLE_TORCH_LIBRARY_IMPL(unlearn_kernels, CPU, m) {
   m.impl("rademacher_project", TORCH_BOX(&rademacher_project));
-  m.impl("topk", TORCH_BOX(&topk));
 }
 
 }  // namespace uk

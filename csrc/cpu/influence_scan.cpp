@@ -1,6 +1,7 @@
 #include "tile/influence_scan.h"
 
 #include <tuple>
+#include <vector>
 
 #include "cpu/common.h"
 
@@ -13,28 +14,27 @@ Operand matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), dtype_of(t, name)};
 }
 
-std::tuple<Tensor, Tensor> run(Scan& p, const Tensor& like, int64_t ends) {
-  STD_TORCH_CHECK(1 <= ends && ends <= 3, "scan: ends must be 1, 2 or 3, got ", ends);
-  STD_TORCH_CHECK(0 <= p.k && p.k <= p.size, "scan: k must be in [0, ", p.size, "], got ", p.k);
+using Found = std::tuple<Tensor, Tensor>;
+
+// Values and indices of the ends, a bit each, of a shape of (ends, Q, k).
+Found run(Scan& p, const Tensor& like, int64_t ends, const std::vector<int64_t>& shape) {
   p.largest = ends & 1;
   p.smallest = ends & 2;
-  const int64_t count = p.largest + p.smallest;
-  Tensor values = torch::stable::new_empty(like, {count, p.count, p.k}, ScalarType::Float);
-  Tensor indices = torch::stable::new_empty(like, {count, p.count, p.k}, ScalarType::Long);
-  p.values = static_cast<float*>(values.mutable_data_ptr());
+  Tensor values = torch::stable::new_empty(like, shape, result_type(like));
+  Tensor indices = torch::stable::new_empty(like, shape, ScalarType::Long);
+  p.values = values.mutable_data_ptr();
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   kernels().influence_scan.scan(p, pool_for(2.0 * double(p.count) * double(p.size) * double(p.depth)));
   return {values, indices};
 }
 
-}  // namespace
+Found run(Scan& p, const Tensor& like, int64_t ends) {
+  STD_TORCH_CHECK(1 <= ends && ends <= 3, "scan: ends must be 1, 2 or 3, got ", ends);
+  STD_TORCH_CHECK(0 <= p.k && p.k <= p.size, "scan: k must be in [0, ", p.size, "], got ", p.k);
+  return run(p, like, ends, {(ends & 1) + (ends >> 1), p.count, p.k});
+}
 
-// queries (Q, D), rows (N, D), any strides, not float64.
-std::tuple<Tensor, Tensor> scan_rows(const Tensor& queries, const Tensor& rows, int64_t k, int64_t ends) {
-  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2 && queries.size(1) == rows.size(1),
-                  "scan_rows: queries (Q, D) and rows (N, D) expected");
-  STD_TORCH_CHECK(result_type(queries) == ScalarType::Float && result_type(rows) == ScalarType::Float,
-                  "scan_rows: float64 is not supported");
+Scan scan_of(const Tensor& queries, const Tensor& rows, int64_t k) {
   Scan p{};
   p.queries = matrix(queries, "queries");
   p.rows.kind = Rows::dense;
@@ -43,12 +43,36 @@ std::tuple<Tensor, Tensor> scan_rows(const Tensor& queries, const Tensor& rows, 
   p.size = rows.size(0);
   p.depth = queries.size(1);
   p.k = k;
+  return p;
+}
+
+}  // namespace
+
+// queries (Q, D), rows (N, D), any strides -> values (Q, k) and indices (Q, k) of the best inner products.
+Found topk(const Tensor& queries, const Tensor& rows, int64_t k, bool largest) {
+  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2, "topk: queries and rows must have 2 dimensions, got ",
+                  queries.dim(), " and ", rows.dim());
+  STD_TORCH_CHECK(queries.size(1) == rows.size(1), "topk: queries and rows must have the same width, got ",
+                  queries.size(1), " and ", rows.size(1));
+  STD_TORCH_CHECK(result_type(queries) == result_type(rows), "topk: float64 cannot be mixed with other dtypes");
+  STD_TORCH_CHECK(0 <= k && k <= rows.size(0), "topk: k must be in [0, ", rows.size(0), "], got ", k);
+  Scan p = scan_of(queries, rows, k);
+  return run(p, queries, largest ? 1 : 2, {p.count, k});
+}
+
+// queries (Q, D), rows (N, D), any strides, not float64.
+Found scan_rows(const Tensor& queries, const Tensor& rows, int64_t k, int64_t ends) {
+  STD_TORCH_CHECK(queries.dim() == 2 && rows.dim() == 2 && queries.size(1) == rows.size(1),
+                  "scan_rows: queries (Q, D) and rows (N, D) expected");
+  STD_TORCH_CHECK(result_type(queries) == ScalarType::Float && result_type(rows) == ScalarType::Float,
+                  "scan_rows: float64 is not supported");
+  Scan p = scan_of(queries, rows, k);
   return run(p, queries, ends);
 }
 
 // codes (Q, D) int16 of at most 8191, query_scales (Q,); rows (N, bytes) uint8, scales (N, ceil(D / block)).
-std::tuple<Tensor, Tensor> scan_codes(const Tensor& any_codes, const Tensor& any_query_scales, const Tensor& any_rows,
-                                      const Tensor& any_scales, int64_t block, int64_t k, bool nibbles, int64_t ends) {
+Found scan_codes(const Tensor& any_codes, const Tensor& any_query_scales, const Tensor& any_rows,
+                 const Tensor& any_scales, int64_t block, int64_t k, bool nibbles, int64_t ends) {
   const Tensor codes = torch::stable::contiguous(any_codes), query_scales = torch::stable::contiguous(any_query_scales);
   const Tensor rows = torch::stable::contiguous(any_rows), scales = torch::stable::contiguous(any_scales);
   STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Short,
@@ -78,6 +102,7 @@ std::tuple<Tensor, Tensor> scan_codes(const Tensor& any_codes, const Tensor& any
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unlearn_kernels, CPU, m) {
+  m.impl("topk", TORCH_BOX(&topk));
   m.impl("scan_rows", TORCH_BOX(&scan_rows));
   m.impl("scan_codes", TORCH_BOX(&scan_codes));
 }

@@ -19,6 +19,30 @@ struct Block {
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// The rows of a register tile where they lie in memory. A base for every five of them: multiples of the stride up
+// to 4 need no further registers.
+template <class P>
+struct RowsInPlace {
+  static constexpr int kBases = (Block<P>::kRows + 4) / 5;
+  const P* base[kBases];
+  int64_t stride;  // from row to row, in P
+
+  RowsInPlace(const P* at, int64_t stride) : stride(stride) {
+    for (int n = 0; n < kBases; ++n) base[n] = at + 5 * n * stride;
+  }
+  [[gnu::always_inline]] P operator[](int i) const { return base[i / 5][i % 5 * stride]; }
+};
+
+// To the next step of the reduction.
+template <class P>
+inline void next(const P*& packed) {
+  packed += Block<P>::kRows;
+}
+template <class P>
+inline void next(RowsInPlace<P>& rows) {
+  for (const P*& base : rows.base) ++base;
+}
+
 #if UK_X86 && UK_BITS == 512
 #pragma GCC push_options
 #pragma GCC target("avx512bf16")
@@ -38,30 +62,6 @@ inline Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> c) {
   const Vec<float> low = (Vec<float>)((Word)b << 16), high = (Vec<float>)((Word)b & 0xffff0000u);
   return fma<float>(splat(widen(a.first)), low, fma<float>(splat(widen(a.second)), high, c));
 #endif
-}
-
-// The rows of a register tile where they lie in memory. A base for every five of them: multiples of the stride up
-// to 4 need no further registers.
-template <class P>
-struct RowsInPlace {
-  static constexpr int kBases = (Block<P>::kRows + 4) / 5;
-  const P* base[kBases];
-  int64_t stride;  // from row to row, in P
-
-  RowsInPlace(const P* at, int64_t stride) : stride(stride) {
-    for (int n = 0; n < kBases; ++n) base[n] = at + 5 * n * stride;
-  }
-  P operator[](int i) const { return base[i / 5][i % 5 * stride]; }
-};
-
-// To the next step of the reduction.
-template <class P>
-inline void next(const P*& packed) {
-  packed += Block<P>::kRows;
-}
-template <class P>
-inline void next(RowsInPlace<P>& rows) {
-  for (const P*& base : rows.base) ++base;
 }
 
 inline Vec<float> load_panel(const Bf16Pair* p) { return load(reinterpret_cast<const float*>(p)); }

@@ -1,4 +1,4 @@
-// Random projections and streaming top-k, ISA-free declarations.
+// Random projections, ISA-free declarations.
 #pragma once
 #include "tile/types.h"
 
@@ -13,18 +13,8 @@ struct RademacherProjection {
   const int64_t* blocks;  // which 128 coordinates those of `g` are, 128 after 128; null for 0, 1, 2, ...
 };
 
-// The k best of queries (count, depth) times rows (size, depth)^T, a row of results a query, best first.
-struct TopK {
-  Operand queries, rows;
-  int64_t count, size, depth, k;
-  bool largest;
-  void* values;  // (count, k) float, or double for f64
-  int64_t* indices;
-};
-
 struct InfluenceKernels {
   void (*rademacher_project)(const RademacherProjection&, const Pool&);
-  void (*topk)(const TopK&, const Pool&);
 };
 
 }  // namespace uk

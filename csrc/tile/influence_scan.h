@@ -22,13 +22,13 @@ struct StoredRows {
 // The k largest and the k smallest of queries times rows, or only one of them: values and indices
 // (ends, count, k), the largest in falling, the smallest in rising order; equal ones by index.
 struct Scan {
-  Operand queries;             // (count, depth), for dense rows
+  Operand queries;             // (count, depth), for dense rows; f64 if and only if those are
   const int16_t* codes;        // (count, depth), contiguous, for coded ones: value code * scale
   const float* query_scales;   // (count,)
   StoredRows rows;
   int64_t count, size, depth, k;
   bool largest, smallest;
-  float* values;
+  void* values;  // float, or double for f64
   int64_t* indices;
 };
 

@@ -46,14 +46,28 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a * b + c;
 }
 
-// Lanes are added in a fixed pairwise order.
+struct Plus {
+  template <class V>
+  static V of(V a, V b) { return a + b; }
+};
+struct Larger {
+  template <class V>
+  static V of(V a, V b) { return a > b ? a : b; }
+};
+
+// Of all lanes in a fixed order: of the halves of a vector, of the halves of the lower half, ...
+template <class Op, class T>
+inline T reduce_lanes(Vec<T> v) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typename VectorOf<Index, kLanes<T>>::type lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) v = Op::of(v, __builtin_shuffle(v, lanes ^ half));
+  return v[0];
+}
 template <class T>
 inline T sum_lanes(Vec<T> v) {
-  T lane[kLanes<T>];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return reduce_lanes<Plus, T>(v);
 }
 
 struct bf16 {

@@ -100,10 +100,10 @@ def scanned_by(queries: Tensor, manifest: Manifest, backend: Backend | None) -> 
     if _codes.is_coded(manifest.dtype):
         codes, scales = _codes.query_codes(here)
         return Scanned(codes, scales, select("scan_codes", backend, (codes,)))
-    # Rounded as rows are, for products of one type.
-    rounded = here.to(torch.bfloat16 if manifest.dtype == "bfloat16" else torch.float32)
+    # On a GPU they are rounded as rows are, for products of one type.
+    both = torch.bfloat16 if here.is_cuda and manifest.dtype == "bfloat16" else torch.float32
     scales = here.new_ones(len(here), dtype=torch.float32)
-    return Scanned(rounded, scales, select(_SCAN_ROWS, backend, (rounded,)))
+    return Scanned(here.to(both), scales, select(_SCAN_ROWS, backend, (here,)))
 
 
 def scan_shard(shard: Shard, of: Scanned, k: int, ends: int) -> list[tuple[Tensor, Tensor]]:

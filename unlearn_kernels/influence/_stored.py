@@ -156,16 +156,16 @@ class StoredRows:
 
         Returns:
             Scores, ids and row numbers, on the CPU; equal scores by row number, NaN above every number. Integers of a
-            store are multiplied as integers, with queries of 14 bits, bfloat16 rows with queries rounded to it; a
-            CUDA device then rounds integers as the CPU does.
+            store are multiplied as integers, with queries of 14 bits, by a CUDA device as by the CPU; bfloat16 rows
+            with queries rounded to it on such a device.
 
         Raises:
             ValueError: if `queries` or `k` do not fit.
             BackendError: if `backend` cannot run.
 
-        Scratch: no Q x N scores. `1 MB + 3 kB * k` a thread, `96 B * Q k` a shard. Of a shard with more deleted rows
-        than 128 and `k`, 32 MB of those that are left; with fewer, they count to `k`. On a device 96 MB of rows,
-        64 MB of keys. `reference` has the scores of 32 MB of rows at a time.
+        Scratch: no Q x N scores. `5 B * min(Q, 192) * D` of queries, `1 MB + 3 kB * k + 4 B * D` a thread, `96 B * Q k`
+        a shard. Of a shard with more deleted rows than 128 and `k`, 32 MB of those that are left; with fewer, they
+        count to `k`. On a device 96 MB of rows, 64 MB of keys. `reference` has the scores of 32 MB of rows at a time.
         """
         found, scales = self.unscaled(queries, k, 1 if largest else 2, preconditioner, progress, backend)
         return found[0].scaled(scales)
