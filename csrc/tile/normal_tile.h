@@ -72,11 +72,11 @@ class NormalTile {
   static constexpr int64_t kDepth = NormalStrips::kDepth;
 
   static int64_t floats(int64_t rows, int64_t cols) {
-    return 2 * kStrip + (rows + 8) * (kDepth + round_up(cols, kCols));
+    return kStrips * kStrip + (rows + 8) * (kDepth + round_up(cols, kCols));
   }
   NormalTile(float* memory, uint64_t seed, int64_t rows, Range cols)
       : strips_(seed), tiles_(rows), count_(rows), first_(cols.begin), ld_(round_up(cols.size, kCols)), strip_(memory),
-        next_(memory + kStrip), x_(memory + 2 * kStrip), sums_(x_ + tiles_.rows() * kDepth) {}
+        next_(memory + kStrip), x_(memory + kStrips * kStrip), sums_(x_ + tiles_.rows() * kDepth) {}
 
   void clear() { std::memset(sums_, 0, tiles_.rows() * ld_ * sizeof(float)); }
 
@@ -123,7 +123,8 @@ class NormalTile {
 
  private:
   static constexpr int64_t kStrip = kDepth * kCols, kStripCalls = NormalStrips::kVectors * NormalStrips::kCalls;
-  static constexpr bool kOverlaps = UK_BITS == 512;  // enough registers for both
+  static constexpr bool kOverlaps = UK_BITS == 512;  // registers are enough to make a strip beside the multiplications
+  static constexpr int kStrips = kOverlaps ? 2 : 1;
 
   template <class F>
   void for_tiles(F&& f) const {
@@ -140,8 +141,8 @@ class NormalTile {
     }
   }
 
-  // With kSteps > 0 a vector of calls of the next strip, from `call`, is made every so many steps: on a processor that
-  // runs both at once this costs little more than the multiplications of the calls.
+  // With kSteps > 0 a vector of calls of the next strip, from `call`, is made every so many steps: besides the multiplier
+  // this takes units that are idle here.
   template <int R, int kSteps>
   [[gnu::noinline]] void add_tile(int64_t depth, int64_t row, int64_t col, int64_t call) const {
     constexpr int W = kLanes<float>;

@@ -57,9 +57,29 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a * b + c;
 }
 
+#if UK_X86 && UK_BITS >= 256
+inline float sum_lanes(__m256 v) {
+  const __m128 four = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1), two = four + _mm_movehl_ps(four, four);
+  return two[0] + two[1];
+}
+inline double sum_lanes(__m256d v) {
+  const __m128d two = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
+  return two[0] + two[1];
+}
+#endif
+
 // Lanes are added in a fixed pairwise order.
 template <class T>
 inline T sum_lanes(Vec<T> v) {
+#if UK_X86 && UK_BITS >= 256
+#if UK_BITS == 512
+  if constexpr (sizeof(T) == 4) return sum_lanes(_mm512_castps512_ps256((__m512)v) + _mm512_extractf32x8_ps((__m512)v, 1));
+  if constexpr (sizeof(T) == 8) return sum_lanes(_mm512_castpd512_pd256((__m512d)v) + _mm512_extractf64x4_pd((__m512d)v, 1));
+#else
+  if constexpr (sizeof(T) == 4) return sum_lanes((__m256)v);
+  if constexpr (sizeof(T) == 8) return sum_lanes((__m256d)v);
+#endif
+#endif
   T lane[kLanes<T>];
   std::memcpy(lane, &v, sizeof v);
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
