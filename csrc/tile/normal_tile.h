@@ -102,7 +102,6 @@ class NormalTile {
     for (int64_t j = 0; j < ld_; j += kCols) {
       const bool last = j + kCols == ld_;
       strips_.aim(last ? begin + kDepth : begin, last ? first_ : first_ + j + kCols);
-      if (more) ask(x.from(kDepth * x.depth_stride), j);
       int64_t made = last && !more ? kStripCalls : 0;
       for_tiles([&](auto rows, int64_t i) {
         const auto add = [&](auto steps) {
@@ -130,15 +129,6 @@ class NormalTile {
   void for_tiles(F&& f) const {
     for (int64_t i = 0; i < tiles_.split(); i += RowTiles::kMany) f(std::integral_constant<int, RowTiles::kMany>{}, i);
     for (int64_t i = tiles_.split(); i < tiles_.rows(); i += 4) f(std::integral_constant<int, 4>{}, i);
-  }
-
-  // Asks for a share of the samples' next coordinates to come to the second cache.
-  void ask(const uk::Operand& x, int64_t col) const {
-    if (x.depth_stride != 1) return;
-    for (int64_t i = col * count_ / ld_; i < (col + kCols) * count_ / ld_; ++i) {
-      const char* row = static_cast<const char*>(x.from(i * x.outer_stride).data);
-      for (int64_t byte = 0; byte < kDepth * uk::size_of(x.dtype); byte += 64) __builtin_prefetch(row + byte, 0, 2);
-    }
   }
 
   // With kSteps > 0 a vector of calls of the next strip, from `call`, is made every so many steps: besides the multiplier
