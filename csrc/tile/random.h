@@ -42,16 +42,29 @@ inline constexpr NormalDigits kNormalDigits{
 inline constexpr float kNormalUnit = 0x1p-12f;
 
 struct NormalTables {
-#if UK_X86 && UK_BITS >= 256
-#if UK_BITS == 512
-  using Bytes = __m512i;
-  static Bytes everywhere(__m128i x) { return _mm512_broadcast_i32x4(x); }
-  static Bytes everywhere(short x) { return _mm512_set1_epi16(x); }
-  static Bytes sums(Bytes entries, Bytes weights, Bytes digits) {
-    return _mm512_maddubs_epi16(weights, _mm512_shuffle_epi8(entries, digits));
+#if UK_X86 && UK_BITS == 512
+  // Weighted entries, twice: a look-up takes five bits. All that is done here leaves multipliers to other work.
+  __m512i terms[4];
+  NormalTables() {
+    for (int d = 0; d < 4; ++d) {
+      int16_t x[32];
+      for (int i = 0; i < 32; ++i) x[i] = int16_t(kNormalDigits.weights[d % 2][d / 2] * kNormalDigits.entries[d % 2][i % 16]);
+      std::memcpy(&terms[d], x, sizeof x);
+    }
   }
-  static Bytes first_halves(Bytes x) { return _mm512_madd_epi16(x, _mm512_set1_epi32(1)); }
-#else
+
+  // Of the low and of the high half of each lane, in units of kNormalUnit.
+  void normals(Word32 random, Vec<float>& low, Vec<float>& high) const {
+    typedef typename VectorOf<int32_t, kWords>::type Int;
+    typedef typename VectorOf<uint16_t, 2 * kWords>::type Short;
+    const auto term = [&](int d) {
+      return (Short)_mm512_permutexvar_epi16((__m512i)((Short)random >> 4 * d), terms[d]);
+    };
+    const Int x = (Int)(term(0) + term(1) + (term(2) + term(3)));
+    low = __builtin_convertvector(x << 16 >> 16, Vec<float>);
+    high = __builtin_convertvector(x >> 16, Vec<float>);
+  }
+#elif UK_X86 && UK_BITS == 256
   using Bytes = __m256i;
   static Bytes everywhere(__m128i x) { return _mm256_broadcastsi128_si256(x); }
   static Bytes everywhere(short x) { return _mm256_set1_epi16(x); }
@@ -59,7 +72,6 @@ struct NormalTables {
     return _mm256_maddubs_epi16(weights, _mm256_shuffle_epi8(entries, digits));
   }
   static Bytes first_halves(Bytes x) { return _mm256_madd_epi16(x, _mm256_set1_epi32(1)); }
-#endif
   Bytes entries[2], weights[2];
   NormalTables() {
     for (int i = 0; i < 2; ++i) {
@@ -132,14 +144,12 @@ struct LastKeys {
 };
 struct RowRounds {
   Long low, product;
+  RowRounds() = default;
   RowRounds(uint64_t seed, Long rows, Purpose purpose)
       : low(multiply_low(rows, 0xD2511F53u)),
         product(multiply_low(low >> 32 ^ (uint64_t(purpose) ^ seed >> 32), 0xCD9E8D57u)) {}
-  Counters at(const IndexRounds& i, const LastKeys& keys) const {
-    Counters x{{product >> 32 ^ i.first, product, low ^ i.second, Long{} + i.product}};
-#pragma GCC unroll 8
-    for (int round = 0; round < 8; ++round) x = philox_round(x, keys.key[round][0], keys.key[round][1]);
-    return x;
+  Counters after_two(const IndexRounds& i) const {
+    return {{product >> 32 ^ i.first, product, low ^ i.second, Long{} + i.product}};
   }
 };
 
@@ -147,14 +157,36 @@ struct RowRounds {
 // 2 w + h.
 struct NormalRows {
   RowRounds first, second;
+  NormalRows() = default;
   NormalRows(uint64_t seed, int64_t row)
       : first(seed, pair_lanes(row), Purpose::normals), second(seed, pair_lanes(row + 2), Purpose::normals) {}
+};
 
-  [[gnu::always_inline]] void at(const IndexRounds& index, const LastKeys& keys, const NormalTables& tables,
-                                 Vec<float>* out) const {
-    const Counters a = first.at(index, keys), b = second.at(index, keys);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) tables.normals(join(a.word[w], b.word[w]), out[2 * w], out[2 * w + 1]);
+// They are made in kStages stages of about as many instructions, between which other work may be done.
+struct NormalCalls {
+  static constexpr int kStages = 12;
+  Counters first, second;
+
+  NormalCalls(const NormalRows& rows, const IndexRounds& index)
+      : first(rows.first.after_two(index)), second(rows.second.after_two(index)) {}
+
+  // put(c, x): x are coordinate c of the rows.
+  template <class Put>
+  [[gnu::always_inline]] void stage(int n, const LastKeys& keys, const NormalTables& tables, Put&& put) {
+    if (n < 8) {
+      first = philox_round(first, keys.key[n][0], keys.key[n][1]);
+      second = philox_round(second, keys.key[n][0], keys.key[n][1]);
+      return;
+    }
+    Vec<float> low, high;
+    tables.normals(join(first.word[n - 8], second.word[n - 8]), low, high);
+    put(2 * (n - 8), low);
+    put(2 * (n - 8) + 1, high);
+  }
+  template <class Put>
+  [[gnu::always_inline]] void all(const LastKeys& keys, const NormalTables& tables, Put&& put) {
+#pragma GCC unroll 12
+    for (int n = 0; n < kStages; ++n) stage(n, keys, tables, put);
   }
 };
 
@@ -173,7 +205,8 @@ struct PhiloxNormals {
         const NormalRows rows(seed, outer + o + lane);
         for (int64_t step = 0; step < depth; step += kNormalBlock) {
           Vec<float> x[kNormalBlock];
-          rows.at(IndexRounds(seed, uint64_t(offset + k + step) / kNormalBlock), keys, tables, x);
+          NormalCalls calls(rows, IndexRounds(seed, uint64_t(offset + k + step) / kNormalBlock));
+          calls.all(keys, tables, [&](int c, Vec<float> y) { x[c] = y; });
           T* at = out + step * kStrip + lane;
           if (std::is_same_v<T, float> && kStrip % W == 0 && step + kNormalBlock <= depth) {
 #pragma GCC unroll 8

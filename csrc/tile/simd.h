@@ -33,6 +33,17 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};  // folds to a broadcast; 0 + x would not (it changes -0)
 }
 
+// The same from memory. Zen 4 shuffles for a vbroadcastss of 512 bits; vpbroadcastd is a load alone.
+inline Vec<float> spread(const float* p) {
+#if UK_X86 && UK_BITS == 512
+  int bits;
+  std::memcpy(&bits, p, 4);
+  return (Vec<float>)_mm512_set1_epi32(bits);
+#else
+  return splat(*p);
+#endif
+}
+
 // a * b + c with one rounding where the ISA has it.
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
