@@ -48,8 +48,8 @@ inline void next(RowsInPlace<P>& rows) {
 #pragma GCC target("avx512bf16")
 #endif
 
-inline Vec<float> multiply_add(float a, Vec<float> b, Vec<float> c) { return fma<float>(splat(a), b, c); }
-inline Vec<double> multiply_add(double a, Vec<double> b, Vec<double> c) { return fma<double>(splat(a), b, c); }
+inline Vec<float> multiply_add(float a, Vec<float> b, Vec<float> c) { return fma<float>(spread(&a), b, c); }
+inline Vec<double> multiply_add(double a, Vec<double> b, Vec<double> c) { return fma<double>(spread(&a), b, c); }
 
 // c + a.first * b.first + a.second * b.second; the instruction flushes subnormals.
 inline Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> c) {

@@ -43,6 +43,15 @@ inline Vec<float> spread(const float* p) {
   return splat(*p);
 #endif
 }
+inline Vec<double> spread(const double* p) {
+#if UK_X86 && UK_BITS == 512
+  long long bits;
+  std::memcpy(&bits, p, 8);
+  return (Vec<double>)_mm512_set1_epi64(bits);
+#else
+  return splat(*p);
+#endif
+}
 
 // a * b + c with one rounding where the ISA has it.
 template <class T>
