@@ -3,8 +3,9 @@
 // A tile C (rows x cols, row-major in cache) is accumulated over blocks of the reduction dimension:
 //   pack B (kc x cols) -> for each sub-block of rows: pack A (kc x kRowBlock) -> micro-kernels.
 // Panels are packed in strips, [strip][k][lane], zero-padded to whole strips, so the micro-kernel has
-// no edges. Rows of A that lie along the reduction are broadcast from where they are, without a panel. Each element of C is a sum of sums over blocks of k, in order, whatever the tile or thread: the
-// same bits, and rounding errors that grow with the length of a block instead of the whole reduction.
+// no edges. Rows of A that lie along the reduction are broadcast from where they are, without a panel.
+// Each element of C is a sum of sums over blocks of k, in order, whatever the tile or thread: the same
+// bits, and rounding errors that grow with the length of a block instead of the whole reduction.
 namespace UK_ISA {
 
 template <class P>

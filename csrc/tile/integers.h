@@ -48,20 +48,12 @@ inline bool has_byte_dot() {
 #if UK_X86 && UK_BITS == 512
 #pragma GCC push_options
 #pragma GCC target("avx512vnni")
-#endif
 
 [[gnu::always_inline]] inline Vec<int32_t> multiply_add(ByteQuad a, Vec<int32_t> b, Vec<int32_t> c) {
   int32_t bits;
   std::memcpy(&bits, &a, 4);
-#if UK_X86 && UK_BITS == 512
   return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)c, _mm512_set1_epi32(bits), (__m512i)b);
-#else
-  return c + (bits & 255) * ((b << 24) >> 24) + (bits >> 8 & 255) * ((b << 16) >> 24) +
-         (bits >> 16 & 255) * ((b << 8) >> 24) + (bits >> 24 & 255) * (b >> 24);
-#endif
 }
-
-#if UK_X86 && UK_BITS == 512
 #pragma GCC pop_options
 #endif
 

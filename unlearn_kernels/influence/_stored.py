@@ -163,9 +163,10 @@ class StoredRows:
             ValueError: if `queries` or `k` do not fit.
             BackendError: if `backend` cannot run.
 
-        Scratch: no Q x N scores. `5 B * min(Q, 192) * D` of queries, `1 MB + 3 kB * k + 4 B * D` a thread, `96 B * Q k`
-        a shard. Of a shard with more deleted rows than 128 and `k`, 32 MB of those that are left; with fewer, they
-        count to `k`. On a device 96 MB of rows, 64 MB of keys. `reference` has the scores of 32 MB of rows at a time.
+        Scratch: no Q x N scores. `6 B * min(Q, 192) * D` of queries (Q rounded up to whole 32), `1 MB + 3 kB * k +
+        4 B * D` a thread, `96 B * Q k` a shard. Of a shard with more deleted rows than 128 and `k`, 32 MB of those that
+        are left; with fewer, they count to `k`. On a device 96 MB of rows, 64 MB of keys. `reference` has the scores of
+        32 MB of rows at a time.
         """
         found, scales = self.unscaled(queries, k, 1 if largest else 2, preconditioner, progress, backend)
         return found[0].scaled(scales)

@@ -65,8 +65,8 @@ def topk(
         ValueError: if shapes, devices or dtypes do not fit, `k` is negative or above N, or a tensor requires
             grad.
 
-    Scratch on the CPU: `5 B * min(Q, 192) * D` of queries (8 B in float64), and 0.5 MB, `4 B * D` and
-    `16 B * min(Q, 192) * k` a thread.
+    Scratch on the CPU: `6 B * min(Q, 192) * D` of queries (8 B in float64; Q rounded up to whole 32), and 0.5 MB,
+    `4 B * D` and `16 B * min(Q, 192) * k` a thread.
     """
     q = queries.unsqueeze(0) if queries.dim() == 1 else queries
     _check(q, rows, k)
