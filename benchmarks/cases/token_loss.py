@@ -231,6 +231,12 @@ _MEAN = (
     Provider("torch eager", _mean_call(eager_mean), "plain"),
     Provider("torch.compile", lambda x: _mean_call(compiled(eager_mean))(x), compiled=True),
     Provider("torch linear_cross_entropy, chunked", _mean_call(torch_chunked_mean)),
+    Provider(
+        "liger fused linear cross-entropy",
+        _mean_call(liger.fused_mean),
+        requires=("liger_kernel",),
+        devices=("cuda",),
+    ),
 )
 _NPO = (
     Provider("unlearn_kernels", _ours_npo, "ours"),

@@ -1,4 +1,4 @@
-"""Liger-Kernel: NPO on its chunked unpaired-preference loss, the part of it that runs on a CPU."""
+"""Liger-Kernel: its fused linear cross-entropy, and NPO on its chunked loss, the part of it that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+def fused_mean(h: Tensor, W: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the tokens that count, a chunk of logits at a time, by its Triton kernels."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss: Tensor = LigerFusedLinearCrossEntropyLoss()(W, h.flatten(0, 1), labels.flatten())
+    return loss
 
 
 def npo(h: Tensor, W: Tensor, labels: Tensor, reference_nll: Tensor, beta: float) -> Callable[[], Tensor]:
